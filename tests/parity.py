@@ -1,0 +1,277 @@
+"""Parity with the published code: python -m tests.parity CASE.npz [CASE.npz ...]
+
+Each case in `tests/golden/` holds numbers computed by the published Deep SPI or DeepMDP code on inputs that are drawn
+again here from the case's seed. The parameters are loaded into the script's own modules and the script's own functions
+are run, in float32. One line per quantity: name, error, tolerance, pass or fail. Exit code 1 if any fails, 2 if a case
+is missing or malformed. Format and rules: `tests/golden/README.md`.
+"""
+
+import argparse
+import math
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import deepmdp_ppo_atari
+import numpy as np
+import torch
+from torch import Tensor
+
+import deep_spi_ppo_atari
+
+FORWARD_TOLERANCE, GRADIENT_TOLERANCE, STEP_TOLERANCE = 1e-4, 1e-4, 1e-5
+SCRIPTS = {"deepspi": deep_spi_ppo_atari, "deepmdp": deepmdp_ppo_atari}
+
+SHARED_MODULES = {
+    "actor/Dense_0": "actor",
+    "conv/Conv_0": "encoder.0",
+    "conv/Conv_1": "encoder.2",
+    "conv/Conv_2": "encoder.4",
+    "critic/Dense_0": "critic",
+    "fc/Dense_0": "fc",
+}
+MODULES = {  # published name: the script's
+    "deepspi": SHARED_MODULES
+    | {
+        "reward/SpectralDense_0": "reward_model.hidden1",
+        "reward/SpectralDense_1": "reward_model.hidden2",
+        "reward/SpectralDense_2": "reward_model.output",
+        "transition/SpectralConv_0": "transition_model.hidden",
+        "transition/SpectralConv_1": "transition_model.components",
+        "transition/SpectralDense_0": "transition_model.mixture",
+    },
+    "deepmdp": SHARED_MODULES
+    | {
+        "reward/Dense_0": "reward_model.hidden",
+        "reward/Dense_1": "reward_model.output",
+        "transition/Conv_0": "transition_model.conv",
+    },
+}
+
+
+class MalformedCase(Exception):
+    """The file is no case this program knows how to read."""
+
+
+class Comparison(NamedTuple):
+    """One quantity: its name, our error as the golden README defines it, and what is allowed."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN
+
+
+def relative_error(ours: Tensor | np.ndarray | float, stored: np.ndarray | float) -> float:
+    """max|Δ| / max|stored|, over the whole array; max|Δ| where all that is stored is 0."""
+    ours = ours.detach().numpy() if isinstance(ours, Tensor) else np.asarray(ours)
+    if ours.shape != np.shape(stored):
+        return math.inf
+    scale = np.abs(stored).max()
+    return float(np.abs(ours - stored).max() / (scale if scale > 0 else 1.0))
+
+
+def hwio(parameter: Tensor) -> Tensor:
+    """A parameter or gradient of ours in the published layout: kernels HWIO, linear weights (in, out)."""
+    if parameter.ndim == 4:
+        return parameter.permute(2, 3, 1, 0)
+    return parameter.mT if parameter.ndim == 2 else parameter
+
+
+def from_hwio(array: np.ndarray) -> Tensor:
+    """The inverse of `hwio`, from numpy."""
+    tensor = torch.from_numpy(array)
+    if tensor.ndim == 4:
+        return tensor.permute(3, 2, 0, 1)
+    return tensor.mT if tensor.ndim == 2 else tensor
+
+
+def make_agent(script: ModuleType, algorithm: str, num_actions: int) -> torch.nn.Module:
+    """The script's agent, to be filled with a case's parameters."""
+    if algorithm == "deepspi":
+        return script.Agent(num_actions, "published", torch.Generator())
+    return script.Agent(num_actions, torch.Generator())
+
+
+def named_parameters(agent: torch.nn.Module, algorithm: str) -> dict[str, torch.nn.Parameter]:
+    """The agent's parameters under their published names, in sorted order."""
+    parameters = {}
+    for published, ours in MODULES[algorithm].items():
+        module = agent.get_submodule(ours)
+        parameters[f"{published}/bias"], parameters[f"{published}/kernel"] = module.bias, module.weight
+    assert len(parameters) == len(list(agent.parameters())), "a parameter of the script has no published name"
+    return dict(sorted(parameters.items()))
+
+
+def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -> Iterator[Comparison]:
+    """Compare the script's agent with a case's numbers. `script` may be given to test an altered one."""
+    algorithm, seed = str(case["algorithm"]), int(case["seed"])
+    num_actions, rows = int(case["num_actions"]), int(case["batch"])
+    if algorithm not in MODULES:
+        raise MalformedCase(f"unknown algorithm {algorithm!r}; known: {', '.join(MODULES)}")
+    script = script or SCRIPTS[algorithm]
+    agent = make_agent(script, algorithm, num_actions)
+    parameters = named_parameters(agent, algorithm)
+
+    random = np.random.RandomState(seed)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            shape = tuple(hwio(parameter).shape)
+            std = 0.05 if name.endswith("bias") else math.sqrt(1 / math.prod(shape[:-1]))
+            parameter.copy_(from_hwio((std * random.standard_normal(shape)).astype(np.float32)))
+        for module in agent.modules():
+            if hasattr(module, "power_start"):
+                module.power_start.copy_(torch.from_numpy(case[f"power_start/{len(module.power_start)}"]))
+    obs = torch.from_numpy(random.randint(0, 256, (rows, 4, 84, 84)).astype(np.uint8))
+    next_obs = torch.from_numpy(random.randint(0, 256, (rows, 4, 84, 84)).astype(np.uint8))
+    actions = torch.from_numpy(random.randint(0, num_actions, rows))
+    rewards = torch.from_numpy(random.randint(-1, 2, rows).astype(np.float32))
+    dones = torch.from_numpy(random.rand(rows) < 0.2)
+    advantages = torch.from_numpy(random.standard_normal(rows).astype(np.float32))
+    returns = torch.from_numpy(random.standard_normal(rows).astype(np.float32))
+    random.standard_normal(rows)  # the noise of old_logprob, which is stored
+    noise = torch.from_numpy(random.standard_normal((rows, 5, 7, 7, 64)).astype(np.float32)).permute(0, 2, 3, 4, 1)
+
+    with torch.no_grad():  # the case knows only the taken actions' old probabilities; the loss uses no other
+        old_log_probs, _ = agent.policy_and_value(agent.encode(obs))
+        old_log_probs.scatter_(1, actions[:, None], torch.from_numpy(case["old_logprob"])[:, None])
+    batch = script.Minibatch(actions, actions, rewards, old_log_probs, advantages, returns, torch.ones(rows))
+    args = script.Args()
+    if algorithm == "deepmdp":
+        args.gradient_penalty_coef = float(case["gradient_penalty_coef"])
+
+    def latents() -> tuple[Tensor, Tensor]:
+        """z, and z' with the published rule for finished episodes: z' = z."""
+        z = agent.encode(obs)
+        return z, torch.where(dones[:, None, None, None], z, agent.encode(next_obs))
+
+    def loss_and_stats() -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = (agent, batch, *latents(), *([noise] if algorithm == "deepspi" else []), args)
+        return script.compute_loss(*inputs)
+
+    def compare(name: str, ours: Tensor) -> Comparison:
+        return Comparison(name, relative_error(ours, case[name]), FORWARD_TOLERANCE)
+
+    with torch.no_grad():
+        z, next_z = latents()
+        hidden_log_probs, values = agent.policy_and_value(z)
+        logits = torch.from_numpy(case["logits"])  # log-probabilities are logits up to a constant of the row
+        shift = (logits - hidden_log_probs).mean(-1, keepdim=True)
+        reward_pred = agent.reward_model(z, actions)
+        if algorithm == "deepspi":
+            predicted = agent.transition_model(z, actions, noise)
+        else:
+            predicted = agent.transition_model(z, actions)
+        yield compare("logits", hidden_log_probs + shift)
+        yield compare("value", values)
+        yield compare("z_sum", z.flatten(1).sum(-1))
+        yield compare("z_next_sum", agent.encode(next_obs).flatten(1).sum(-1))
+        yield compare("new_logprob", hidden_log_probs.gather(1, actions[:, None]).squeeze(1))
+        yield compare("entropy_per_sample", -(hidden_log_probs.exp() * hidden_log_probs).sum(-1))
+        yield compare("reward_pred", reward_pred)
+        yield compare("reward_loss_per_sample", script.reward_loss(reward_pred, rewards))
+        yield compare("transition_loss_per_sample", script.transition_loss(predicted, next_z))
+        if algorithm == "deepspi":
+            moments = torch.zeros(3, rows, 5)
+            for a_rows, weights, loc, scale in agent.transition_model.distributions(z, actions):
+                moments[:, a_rows] = torch.stack((weights, loc.flatten(1, 3).mean(1), scale.flatten(1, 3).mean(1)))
+            for name, moment in zip(("mix_weights", "loc_mean", "scale_mean"), moments, strict=True):
+                yield compare(name, moment)
+
+    loss, stats = loss_and_stats()
+    loss.backward()
+    yield compare("loss", loss)
+    yield compare("pg_loss", stats["losses/policy_loss"])
+    yield compare("v_loss", stats["losses/value_loss"])
+    yield compare("entropy", stats["losses/entropy"])
+    yield compare("approx_kl", stats["losses/approx_kl"])
+    yield compare("gradient_penalty", stats.get("world_model/gradient_penalty", torch.zeros(())))
+
+    random = np.random.RandomState(seed + 7919)
+    for name, parameter in parameters.items():
+        gradient = hwio(parameter.grad).double().numpy()
+        norm = float(case[f"grad_norm/{name}"])
+        norm_error = abs(np.linalg.norm(gradient) - norm) / norm
+        projection = (gradient * random.standard_normal(gradient.shape)).sum()
+        projection_error = abs(projection - float(case[f"grad_proj/{name}"])) / norm
+        yield Comparison(f"grad_norm/{name}", norm_error, GRADIENT_TOLERANCE)
+        yield Comparison(f"grad_proj/{name}", projection_error, GRADIENT_TOLERANCE)
+
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    losses = []
+    for _ in range(5):
+        loss, _ = loss_and_stats()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        optimizer.step()
+    for i, (ours, stored) in enumerate(zip(losses, case["five_step_losses"], strict=True)):
+        yield Comparison(f"five_step_losses[{i}]", abs(ours - float(stored)), STEP_TOLERANCE)
+    for name, parameter in parameters.items():
+        moved = (parameter.detach() - start[name]).double().norm().item()
+        error = abs(moved - float(case[f"five_step_delta_norm/{name}"]))
+        yield Comparison(f"five_step_delta_norm/{name}", error, STEP_TOLERANCE)
+
+
+def check_gae(case: dict[str, np.ndarray], script: ModuleType | None = None) -> Iterator[Comparison]:
+    """Compare `compute_gae` with a case's numbers on its real rows."""
+    dones = np.concatenate((case["dones"], case["next_done"][None]))  # (T+1, N)
+    values = np.concatenate((case["values"], case["next_value"][None]))
+    advantages, returns = (script or deep_spi_ppo_atari).compute_gae(
+        torch.from_numpy(case["rewards"]),
+        torch.from_numpy(values),
+        torch.from_numpy(dones[1:]),  # no time limits: every end is a terminal state
+        torch.from_numpy(dones),
+        float(case["gamma"]),
+        float(case["gae_lambda"]),
+    )
+    real = ~case["dones"]
+    for name, ours in (("advantages", advantages), ("returns", returns)):
+        yield Comparison(name, relative_error(ours.numpy()[real], case[name][real]), FORWARD_TOLERANCE)
+
+
+def check_case(path: Path, script: ModuleType | None = None) -> list[Comparison]:
+    """Every comparison of one case. Raises MalformedCase where it cannot be read as one."""
+    try:
+        with np.load(path) as file:
+            case = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise MalformedCase(f"cannot be read as .npz: {error}") from error
+    if "algorithm" not in case and "next_value" not in case:
+        raise MalformedCase("has neither `algorithm` (an agent's case) nor `next_value` (GAE)")
+    try:
+        return list(check_agent(case, script) if "algorithm" in case else check_gae(case, script))
+    except KeyError as error:
+        raise MalformedCase(f"lacks {error}") from error
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise MalformedCase(f"does not fit the format: {str(error).splitlines()[0]}") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="+", type=Path, metavar="CASE.npz")
+    failed = 0
+    for path in parser.parse_args().cases:
+        try:
+            comparisons = check_case(path)
+        except MalformedCase as error:
+            print(f"error: {path}: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+        for name, error, tolerance in comparisons:
+            verdict = "pass" if error <= tolerance else "FAIL"
+            print(f"{path.stem:20} {name:50} {error:9.2e} <= {tolerance:.0e}  {verdict}")
+        failed += sum(not comparison.passed for comparison in comparisons)
+    print(f"{failed} quantities differ" if failed else "all quantities agree with the published code")
+    raise SystemExit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
