@@ -209,7 +209,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 
 def group_sort(x: Tensor) -> Tensor:
     """GroupSort(2): sort neighbouring pairs of the last dimension, ascending. Gradient norm 1 where ReLU's may be 0."""
-    first, second = x[..., 0::2], x[..., 1::2]
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((torch.minimum(first, second), torch.maximum(first, second)), dim=-1).flatten(-2)
 
 
@@ -222,8 +222,9 @@ def exact_spectral_norm(matrix: Tensor) -> Tensor:
     with torch.no_grad():
         tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
         power = tall.mT @ tall
-        for _ in range(12):
-            power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        for _ in range(6):  # the norm between two squarings keeps float32 from underflowing
+            power = power / torch.linalg.matrix_norm(power, keepdim=True)
+            power = power @ power
             power = power @ power
         largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]  # a column surely not orthogonal to v
         v = F.normalize(power.take_along_dim(largest, dim=-1), dim=-2)
@@ -585,7 +586,7 @@ def train(args: Args) -> None:
     world_model_rng = torch.Generator().manual_seed(args.seed)
     agent = Agent(A, args.spectral_norm, world_model_rng).to(device)
     noise_rng = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=world_model_rng).item())
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
     host_actions = torch.zeros((T, N), dtype=torch.int64)

@@ -501,7 +501,7 @@ def train(args: Args) -> None:
     torch.manual_seed(args.seed)
     # The world model draws from a generator of its own, so that the rest of the agent starts as the baseline does.
     agent = Agent(A, torch.Generator().manual_seed(args.seed)).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
     host_actions = torch.zeros((T, N), dtype=torch.int64)

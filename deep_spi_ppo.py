@@ -1,0 +1,742 @@
+"""Deep SPI on vector observations: safe policy improvement via world models (Delgrange, Avalos, Röpke, ICLR 2026).
+
+    python deep_spi_ppo.py                                 # solves CartPole-v1 in about a minute on a laptop
+    python deep_spi_ppo.py --env-id LunarLander-v3 --total-timesteps 2000000
+
+A policy π = π̄∘φ acts on a learned latent z = φ(s). A world model (R̄, P̄) is learned on φ beside it, and its losses stand
+inside PPO's clipped objective: the clip that keeps the new policy in a neighbourhood of the last one also bounds how
+far those losses may move φ. That is the whole method:
+
+    U(s,a,s') = A(s,a) - α_R ℓ_R(s,a) - α_P ℓ_P(s,a,s')
+    J         = E[ min( r U, clip(r, 1 ± ε) U ) ],       r = π_new(a|s) / π_old(a|s)
+
+    φ  encoder            R̄  reward_model        ℓ_R  reward_loss        α_R  reward_loss_coef
+    z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
+    U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
+
+One set of defaults solves CartPole-v1, Acrobot-v1 (500,000 steps each) and LunarLander-v3 (2,000,000 steps); the seeds
+are in README.md. Any EnvPool environment will do that has discrete actions and observes an array of floats or an
+integer. Diff me against `deep_spi_ppo_atari.py`, the same algorithm on pixels. With both coefficients 0 this is PPO.
+"""
+# ==== 1. Imports ======================================================================================================
+
+import csv
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import envpool
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ==== 2. Arguments ====================================================================================================
+
+
+@dataclass
+class Args:
+    # ---- Experiment
+    seed: int = 1
+    """seed of the environments, the networks and every random draw"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks live; auto takes CUDA if present"""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """arithmetic of the networks; auto takes bf16 where the hardware has it (CUDA, AMX, AVX512-BF16); losses: fp32"""
+    runs_dir: str = "runs"
+    """folder in which the run's own folder is made"""
+    run_name: str | None = None
+    """name of the run's folder, which must not exist yet (default: <env_id>__<script>__<seed>__<time>)"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)"""
+
+    # ---- Environment
+    env_id: str = "CartPole-v1"
+    """EnvPool id of an environment with discrete actions and no pixels"""
+    total_timesteps: int = 500_000
+    """environment steps in all"""
+    num_envs: int = 128
+    """N, parallel environments: many, for the state coverage that the world model needs (talk: 128 x 8, not 8 x 128)"""
+    num_steps: int = 32
+    """T, steps of each environment per iteration"""
+    sticky: float = 0.0
+    """probability that the last action is repeated instead of the one chosen, which makes the task stochastic"""
+
+    # ---- PPO
+    learning_rate: float = 1e-3
+    """Adam's step size, annealed linearly to 0"""
+    gamma: float = 0.99
+    """γ, discount factor"""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches per epoch"""
+    update_epochs: int = 4
+    """passes over the rollout per iteration"""
+    chunk_length: int = 8
+    """L, consecutive steps of one environment sampled together (1: independent transitions, as published)"""
+    clip_coef: float = 0.2
+    """ε of the clip; the neighbourhood's C is 1 + ε"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient, over all parameters together"""
+
+    # ---- Deep SPI
+    reward_loss_coef: float = 0.01
+    """α_R, weight of the reward loss"""
+    transition_loss_coef: float = 0.05
+    """α_P, weight of the transition loss"""
+    loss_placement: Literal["utility", "additive"] = "utility"
+    """where the world model's losses go: into the utility, under the clip (Deep SPI), or beside the clipped loss"""
+    spectral_norm: Literal["exact", "published"] = "exact"
+    """W/σ, or the published code's rule, which comes to about W/σ²"""
+
+
+def check(allowed: bool, flag: str, given: object, rule: str) -> None:
+    """Refuse a bad argument in one line, before anything is built; exit code 2, like every usage error."""
+    if not allowed:
+        print(f"error: --{flag.replace('_', '-')}: got {given!r}; {rule}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def check_args(args: Args) -> None:
+    """Refuse settings that cannot work. Raises SystemExit(2) after one line on stderr."""
+    given = vars(args)
+    positive = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "chunk_length")
+    for name in positive:
+        check(given[name] >= 1, name, given[name], "must be at least 1")
+    for name in ("sticky", "gamma", "gae_lambda"):
+        check(0 <= given[name] <= 1, name, given[name], "must lie in [0, 1]")
+    for name in ("ent_coef", "vf_coef", "reward_loss_coef", "transition_loss_coef"):
+        check(0 <= given[name] < math.inf, name, given[name], "must be finite and not negative")
+    for name in ("learning_rate", "max_grad_norm"):
+        check(0 < given[name] < math.inf, name, given[name], "must be finite and positive")
+    check(0 < args.clip_coef < 1, "clip_coef", args.clip_coef, "must lie in (0, 1), so that 1 < C < 2")
+    check(0 <= args.seed < 2**63, "seed", args.seed, "must lie in [0, 2^63)")
+    batch_size, length = args.num_envs * args.num_steps, args.chunk_length
+    rule = f"must be at least one rollout, num_envs x num_steps = {batch_size}"
+    check(args.total_timesteps >= batch_size, "total_timesteps", args.total_timesteps, rule)
+    check(args.num_steps % length == 0, "chunk_length", length, f"must divide num_steps = {args.num_steps}")
+    rule = f"must divide the rollout's {batch_size // length} chunks (num_envs x num_steps / chunk_length)"
+    check(batch_size // length % args.num_minibatches == 0, "num_minibatches", args.num_minibatches, rule)
+    check(args.device != "cuda" or torch.cuda.is_available(), "device", args.device, "this machine has no CUDA device")
+    tracking = not args.track or importlib.util.find_spec("wandb") is not None
+    check(tracking, "track", args.track, "needs Weights & Biases: pip install wandb")
+
+
+# ==== 3. Environment ==================================================================================================
+
+
+def check_env(env_id: str) -> tuple[int, int]:
+    """Number of actions A and of inputs O, without building it. Raises SystemExit(2) if the script is not for it."""
+    known = envpool.list_all_envs()
+    closest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0.4)) or "none; see envpool.list_all_envs()"
+    check(env_id in known, "env_id", env_id, f"no such environment; closest: {closest}")
+    spec = envpool.make_spec(env_id)
+    actions, observations = spec.action_space, spec.observation_space
+    check(isinstance(actions, gym.spaces.Discrete), "env_id", env_id, f"actions must be discrete, not {actions}")
+    integer = isinstance(observations, gym.spaces.Discrete)
+    array = isinstance(observations, gym.spaces.Box) and np.issubdtype(observations.dtype, np.floating)
+    rule = "observations must be an integer or an array of floats; for Atari frames see deep_spi_ppo_atari.py"
+    check(integer or array, "env_id", env_id, rule)
+    return int(actions.n), int(observations.n) if integer else math.prod(observations.shape)
+
+
+def vectorize(obs: np.ndarray, num_inputs: int) -> np.ndarray:
+    """Observations as float32 vectors (N, O): integers (N,) one-hot, arrays of floats flattened."""
+    if np.issubdtype(obs.dtype, np.integer):
+        return np.eye(num_inputs, dtype=np.float32)[obs]
+    return obs.reshape(len(obs), num_inputs).astype(np.float32)
+
+
+def env_seeds(seed: int, num_envs: int) -> list[int]:
+    """One seed per environment. EnvPool's own are seed + i, so that neighbouring seeds would share their streams."""
+    return (np.random.SeedSequence(seed).generate_state(num_envs) >> 1).tolist()  # signed 32 bits
+
+
+def make_envs(args: Args):
+    """N parallel environments. EnvPool and torch take turns, so each gets as many threads as torch may use."""
+    return envpool.make(
+        args.env_id,
+        env_type="gymnasium",
+        num_envs=args.num_envs,
+        num_threads=min(args.num_envs, torch.get_num_threads()),
+        env_seed=env_seeds(args.seed, args.num_envs),
+    )
+
+
+class StickyActions:
+    """Repeats the last executed action with a given probability, except in an episode's first step."""
+
+    def __init__(self, num_envs: int, probability: float, seed: int):
+        self.probability, self.random = probability, np.random.default_rng(seed)
+        self.last = np.zeros(num_envs, dtype=np.int32)
+
+    def step(self, actions: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """The actions to execute (N,), of those chosen (N,); `first` (N,) marks episodes that begin."""
+        repeat = (self.random.random(len(actions)) < self.probability) & ~first
+        self.last = np.where(repeat, self.last, actions).astype(np.int32)
+        return self.last
+
+
+class RewardScaler:
+    """Divides rewards by the running standard deviation of the discounted return, and clips them to ±10.
+
+    One divisor for a whole rollout, so that the reward that A, the critic and R̄ see is one function of (s, a) within an
+    update. Dummy rows do not count.
+    """
+
+    def __init__(self, num_envs: int, gamma: float, device: torch.device):
+        self.gamma, self.discounted = gamma, torch.zeros(num_envs, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # of 1, G, G² over all real rows so far
+
+    def scale(self, rewards: Tensor, dones: Tensor) -> Tensor:
+        """Scaled rewards (T, N) of raw ones (T, N), where dones (T+1, N) says that obs[t] is an episode's last."""
+        for t in range(len(rewards)):
+            self.discounted = self.gamma * self.discounted * ~dones[t] + rewards[t]  # dummies start from 0 again
+            g, real = self.discounted.double(), (~dones[t]).double()
+            self.sums += torch.stack((real.sum(), (real * g).sum(), (real * g.square()).sum()))
+        count, total, squares = self.sums
+        std = (squares / count - (total / count).square()).clamp(min=1e-8).sqrt()
+        return (rewards / std.float()).clamp(-10, 10)
+
+
+class EpisodeRecorder:
+    """True return and length of whole episodes, per environment."""
+
+    def __init__(self, num_envs: int):
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
+
+    def step(self, reward: np.ndarray, over: np.ndarray, dummy: np.ndarray) -> list[tuple[float, int]]:
+        """Take one step's unclipped rewards, episode ends and auto-reset dummies, each (N,); return what ended."""
+        self.returns += np.where(dummy, 0.0, reward)
+        self.lengths += ~dummy
+        ended = [(self.returns[i].item(), self.lengths[i].item()) for i in np.flatnonzero(over)]
+        self.returns[over], self.lengths[over] = 0.0, 0
+        return ended
+
+
+# ==== 4. Networks =====================================================================================================
+# B rows, O inputs, A actions. The latent z = φ(s) is (B, 32).
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights of gain `std`, zero biases."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_sort(x: Tensor) -> Tensor:
+    """GroupSort(2): sort neighbouring pairs of the last dimension, ascending. Gradient norm 1 where ReLU's may be 0."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((torch.minimum(first, second), torch.maximum(first, second)), dim=-1).flatten(-2)
+
+
+def exact_spectral_norm(matrix: Tensor) -> Tensor:
+    """Largest singular value σ of each matrix (G, m, n), to float32 precision; shape (G,).
+
+    Power iteration on the smaller Gram matrix, 2^12 steps of it by squaring 12 times: no state between calls, and no
+    eigensolver, which would make CUDA wait. With u, v held fixed, σ = uᵀWv has the gradient uvᵀ, which is that of σ.
+    """
+    with torch.no_grad():
+        tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
+        power = tall.mT @ tall
+        for _ in range(6):  # the norm between two squarings keeps float32 from underflowing
+            power = power / torch.linalg.matrix_norm(power, keepdim=True)
+            power = power @ power
+            power = power @ power
+        largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]  # a column surely not orthogonal to v
+        v = F.normalize(power.take_along_dim(largest, dim=-1), dim=-2)
+        u = F.normalize(tall @ v, dim=-2)
+    return (u * (tall @ v)).sum((-2, -1))
+
+
+def published_spectral_norm(matrix: Tensor, v: Tensor) -> Tensor:
+    """The published code's divisor for each matrix (G, m, n), shape (G,): two power steps from the fixed start v (n,).
+
+    The last v is left unnormalised, so that this is near σ² where σ is meant; gradient flows through u and v.
+    """
+    v = v[:, None]
+    for _ in range(2):
+        v = v / (v.square().sum(-2, keepdim=True) + 1e-8).sqrt()
+        u = matrix @ v
+        u = u / (u.square().sum(-2, keepdim=True) + 1e-8).sqrt()
+        v = matrix.mT @ u
+    return (u * (matrix @ v)).sum((-2, -1))
+
+
+class SpectralLayer(nn.Module):
+    """Weight (out, in) or (out, in/groups, kh, kw) and bias (out,) of a layer that is kept 1-Lipschitz, group by group.
+
+    For a convolution σ is that of the matrix (out, in·kh·kw): with 2x2 kernels the map's own norm is at most 2σ.
+    """
+
+    def __init__(self, shape: tuple[int, ...], rule: str, generator: torch.Generator, groups: int = 1):
+        super().__init__()
+        fan_in = math.prod(shape[1:])
+        std = math.sqrt(1 / fan_in) / 0.87962566  # LeCun normal: the divisor makes up for the tails cut at 2 std
+        weight = nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator)
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(shape[0]))
+        self.rule, self.groups = rule, groups
+        if rule == "published":  # one fixed start per matrix width, not a draw of this run
+            start = torch.randn(self.matrix().shape[-1], generator=torch.Generator().manual_seed(0))
+            self.register_buffer("power_start", start)
+
+    def matrix(self) -> Tensor:
+        """The weight as matrices (groups, rows, columns); a linear layer's as (in, out), for the published rule's v."""
+        if self.weight.ndim == 2:
+            return self.weight.mT[None]
+        return self.weight.view(self.groups, self.weight.shape[0] // self.groups, -1)
+
+    def normalized_weight(self) -> Tensor:
+        """The weight over its spectral norm, in float32. To be worked out once per forward."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            matrix = self.matrix()
+            exact = self.rule == "exact"
+            sigma = exact_spectral_norm(matrix) if exact else published_spectral_norm(matrix, self.power_start)
+            return (self.weight.view(self.groups, -1) / sigma[:, None]).view_as(self.weight)
+
+
+class RewardModel(nn.Module):
+    """R̄(z, a): a Lipschitz network with one output per action, of which only the taken action's is computed."""
+
+    def __init__(self, num_actions: int, rule: str, generator: torch.Generator):
+        super().__init__()
+        self.hidden1 = SpectralLayer((64, 32), rule, generator)
+        self.hidden2 = SpectralLayer((64, 64), rule, generator)
+        self.output = SpectralLayer((num_actions, 64), rule, generator)
+
+    def forward(self, z: Tensor, actions: Tensor) -> Tensor:
+        """Predicted scaled reward (B,) of latents z (B, 32) and actions (B,)."""
+        x = group_sort(F.linear(z, self.hidden1.normalized_weight(), self.hidden1.bias))
+        x = group_sort(F.linear(x, self.hidden2.normalized_weight(), self.hidden2.bias))
+        return (x * self.output.normalized_weight()[actions]).sum(-1) + self.output.bias[actions]
+
+
+class TransitionModel(nn.Module):
+    """P̄(·|z, a): a mixture of K = 5 diagonal normals over the next latent, from Lipschitz networks.
+
+    The last layers have outputs for every action. Rows are grouped by action, so that only the taken action's weights
+    are ever multiplied: the cost does not grow with A.
+    """
+
+    def __init__(self, num_actions: int, rule: str, generator: torch.Generator):
+        super().__init__()
+        self.num_actions = num_actions
+        self.hidden = SpectralLayer((64, 32), rule, generator)
+        self.components = SpectralLayer((32 * 5 * 2 * num_actions, 64), rule, generator)
+        self.mixture = SpectralLayer((5 * num_actions, 64), rule, generator)
+
+    def distributions(self, z: Tensor, actions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield, for each action taken, its rows (n,), mixture weights (n, K), loc and scale (n, 32, K).
+
+        `actions` (B,) is on the host, which must know how many rows each action has, or the device would have to wait.
+        """
+        rows = actions.argsort(stable=True)
+        counts = actions.bincount(minlength=self.num_actions).tolist()
+        rows = to_device(rows, z.device)
+        hidden = group_sort(F.linear(z, self.hidden.normalized_weight(), self.hidden.bias))[rows]
+        # Outputs are ordered (32 latent dimensions, K components, [loc, scale], A actions).
+        weights = self.components.normalized_weight().view(32, 5, 2, self.num_actions, -1).unbind(3)
+        biases = self.components.bias.view(32, 5, 2, self.num_actions).unbind(3)
+        logit_weights = self.mixture.normalized_weight().view(5, self.num_actions, -1).unbind(1)
+        logit_biases = self.mixture.bias.view(5, self.num_actions).unbind(1)
+        for a, (a_rows, x) in enumerate(zip(rows.split(counts), hidden.split(counts), strict=True)):
+            if counts[a] == 0:
+                continue
+            (loc_weight, scale_weight), (loc_bias, scale_bias) = weights[a].unbind(2), biases[a].unbind(2)
+            loc = F.linear(x, loc_weight.flatten(0, 1), loc_bias.flatten()).unflatten(-1, (32, 5)).float()
+            scale = F.linear(x, scale_weight.flatten(0, 1), scale_bias.flatten()).unflatten(-1, (32, 5)).float()
+            mixture_weights = F.linear(x, logit_weights[a], logit_biases[a]).float().softmax(-1)
+            yield a_rows, mixture_weights, 0.5 * loc, 0.5 * (F.softplus(scale) + 1e-6)
+
+    def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
+        """One reparameterised sample z̄' ~ P̄(·|z, a), shape (B, 32).
+
+        `noise` is standard normal, (B, 32, K); z̄' = Σ_k w_k (loc_k + scale_k clip(noise_k, -1, 1)).
+        """
+        rows, samples = [], []
+        for a_rows, weights, loc, scale in self.distributions(z, actions):
+            components = loc + scale * noise[a_rows].clamp(-1, 1)  # (n, 32, K)
+            samples.append((components @ weights[:, :, None]).squeeze(-1))
+            rows.append(a_rows)
+        return torch.cat(samples)[torch.cat(rows).argsort()]  # back in the order of z
+
+
+class Agent(nn.Module):
+    """π = π̄∘φ and its critic, with the world model (R̄, P̄) that reads the same latent."""
+
+    def __init__(self, num_inputs: int, num_actions: int, spectral_norm: str, generator: torch.Generator):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            layer_init(nn.Linear(num_inputs, 64)),
+            nn.Tanh(),
+            layer_init(nn.Linear(64, 32)),
+            nn.Tanh(),
+        )
+        self.reward_model = RewardModel(num_actions, spectral_norm, generator)
+        self.transition_model = TransitionModel(num_actions, spectral_norm, generator)
+        self.fc = layer_init(nn.Linear(32, 64))
+        self.actor = layer_init(nn.Linear(64, num_actions), std=0.01)
+        self.critic = layer_init(nn.Linear(64, 1), std=1.0)
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """z = φ(s), (B, 32), of observations (B, O)."""
+        return self.encoder(obs).float()
+
+    def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, A) of every action, and the value (B,), of latents z."""
+        hidden = self.fc(z).tanh()
+        return self.actor(hidden).float().log_softmax(-1), self.critic(hidden).float().squeeze(-1)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Host to device without either waiting for the other: on CUDA a pinned, non-blocking copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+# ==== 5. Equations ====================================================================================================
+# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, r, s'). Where s is already the
+# end of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
+
+
+class Minibatch(NamedTuple):
+    """M transitions: what `compute_loss` needs beside the latents."""
+
+    actions: Tensor  # (M,) int64
+    host_actions: Tensor  # (M,) int64, the same in host memory
+    rewards: Tensor  # (M,) scaled, the reward model's target
+    old_log_probs: Tensor  # (M, A) ln π_old of every action
+    advantages: Tensor  # (M,)
+    returns: Tensor  # (M,) the value function's target
+    mask: Tensor  # (M,) 1 real, 0 dummy
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns, both (T, N) (Schulman et al., 2016, eq. 16).
+
+    rewards (T, N); values (T+1, N) of obs[0..T]; terminated (T, N): step t ended in a terminal state, of value 0;
+    dones (T+1, N): obs[t] is an episode's last, so dones[t+1] cuts the sum over step t's successors. A truncated step
+    has dones[t+1] but not terminated[t]: it is bootstrapped with the value of its true last observation.
+    """
+    assert values.shape == dones.shape == (len(rewards) + 1, *rewards.shape[1:]) and terminated.shape == rewards.shape
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # (T, N)
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantage = deltas[t] + gamma * gae_lambda * ~dones[t + 1] * advantage
+        advantages[t] = advantage
+    return advantages, advantages + values[:-1]
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (M,) over the rows whose mask (M,) is 1; 0 if there are none."""
+    assert x.shape == mask.shape
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and (population) standard deviation 1 over the real rows of the minibatch."""
+    centred = advantages - masked_mean(advantages, mask)
+    return centred / (masked_mean(centred.square(), mask).sqrt() + 1e-8)
+
+
+def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
+    """ℓ_R(s,a) = |r - R̄(φ(s),a)|, as smooth-L1, per transition: (M,)."""
+    return F.smooth_l1_loss(predicted_rewards, rewards, reduction="none")
+
+
+def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
+    """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
+
+    One sample of z̄' bounds the talk's Wasserstein distance from above in expectation. z' is not detached: φ too is to
+    make the next latent predictable.
+    """
+    return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").flatten(1).sum(-1)
+
+
+def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tensor:
+    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r and through U."""
+    return torch.min(ratio * utility, ratio.clamp(1 - clip_coef, 1 + clip_coef) * utility)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var[return - V] / Var[return] over the real rows: 1 is a perfect critic, 0 one no better than a constant."""
+    errors, returns = (returns - values)[mask > 0], returns[mask > 0]
+    return 1 - errors.var(correction=0) / returns.var(correction=0)
+
+
+def compute_loss(
+    agent: Agent, batch: Minibatch, z: Tensor, next_z: Tensor | None, noise: Tensor | None, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a minibatch, and what of it is logged, as scalars.
+
+    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; noise: see `TransitionModel.forward`. Without
+    next_z the world model is not run, and this is PPO.
+    """
+    log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
+    log_ratios = log_probs - batch.old_log_probs  # (M, A)
+    log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
+    ratio = log_ratio.exp()
+
+    advantages = normalize(batch.advantages, batch.mask)  # first this, then the losses are subtracted as they are
+    utility, additive_loss, world_model_stats = advantages, 0.0, {}
+    if next_z is not None:
+        l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
+        l_p = transition_loss(agent.transition_model(z, batch.host_actions, noise), next_z)  # (M,)
+        penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
+        if args.loss_placement == "utility":
+            utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
+        else:
+            additive_loss = masked_mean(penalty, batch.mask)  # "Let's just add L_R, L_P to the loss? No, we can't!"
+        world_model_stats = {
+            "world_model/reward_loss": masked_mean(l_r, batch.mask),
+            "world_model/transition_loss": masked_mean(l_p, batch.mask),
+            "spi/utility_mean": masked_mean(utility, batch.mask),
+            "spi/penalty_mean": masked_mean(penalty, batch.mask),
+        }
+
+    policy_loss = -masked_mean(clipped_objective(ratio, utility, args.clip_coef), batch.mask)
+    value_loss = 0.5 * masked_mean((values - batch.returns).square(), batch.mask)
+    entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss + additive_loss
+
+    ratios = log_ratios.exp()
+    inside = (ratios <= 1 + args.clip_coef) & (ratios >= 1 - args.clip_coef)  # N^C with C = 1 + ε
+    real_ratios = torch.where(batch.mask[:, None] > 0, ratios, 1.0)
+    stats = {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/approx_kl": masked_mean(ratio - 1 - log_ratio, batch.mask),
+        "losses/clipfrac": masked_mean(((ratio - 1).abs() > args.clip_coef).float(), batch.mask),
+        **world_model_stats,
+        "spi/ratio_min": real_ratios.min(),
+        "spi/ratio_max": real_ratios.max(),
+        "spi/outside_neighbourhood": 1 - masked_mean(inside.float().mean(-1), batch.mask),
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+# ==== 6. Setup ========================================================================================================
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """fp32 or bf16; auto is bf16 only where the hardware computes in it, not where it is emulated."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    features = torch.cpu.get_capabilities()
+    return "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "fp32"
+
+
+def make_run_dir(args: Args) -> Path:
+    """The run's new folder. Raises SystemExit(2) if it exists or cannot be made."""
+    run_name = args.run_name or f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.runs_dir) / run_name
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        check(False, "run_name", run_name, f"{run_dir} exists already; a run needs a new folder")
+    except OSError as error:
+        check(False, "runs_dir", args.runs_dir, f"cannot make {run_dir}: {error.strerror}")
+    return run_dir
+
+
+def describe_run(args: Args, device: torch.device, precision: str) -> dict:
+    """All that one must know to repeat the run, or to doubt it."""
+    folder = shlex.quote(str(Path(__file__).parent))
+    git = f"git -C {folder} describe --always --abbrev=40 --exclude '*' --dirty"  # "<commit>" or "<commit>-dirty"
+    git_status, git_commit = subprocess.getstatusoutput(git)
+    packages = ("torch", "envpool", "gymnasium", "numpy")
+    return {
+        "script": Path(__file__).name,
+        "args": vars(args),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": precision,
+        "torch_threads": torch.get_num_threads(),
+        "git_commit": git_commit if git_status == 0 else None,
+        "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {platform.platform()}",
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def train(args: Args) -> None:
+    """One run, from the check of its arguments to its last line of output."""
+    check_args(args)
+    num_actions, num_inputs = check_env(args.env_id)
+    run_dir = make_run_dir(args)
+
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    precision = choose_precision(args.precision, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    run = describe_run(args, device, precision)
+    (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
+    if args.track:
+        import wandb  # optional, and nobody else should have to wait for it
+
+        wandb.init(name=run_dir.name, dir=run_dir, config=run, sync_tensorboard=True)
+    writer = SummaryWriter(run_dir)
+    episodes_file = open(run_dir / "episodes.csv", "w", buffering=1, newline="")  # each line is flushed
+    episodes = csv.writer(episodes_file, lineterminator="\n")
+    episodes.writerow(("global_step", "return", "length"))
+
+    T, N, A, L = args.num_steps, args.num_envs, num_actions, args.chunk_length
+    num_iterations = args.total_timesteps // (T * N)
+    run_world_model = args.reward_loss_coef > 0 or args.transition_loss_coef > 0
+
+    torch.manual_seed(args.seed)
+    # The world model draws from generators of its own, so that the rest of the agent is the baseline's to the last bit.
+    world_model_rng = torch.Generator().manual_seed(args.seed)
+    agent = Agent(num_inputs, A, args.spectral_norm, world_model_rng).to(device)
+    noise_rng = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=world_model_rng).item())
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+
+    obs = torch.zeros((T + 1, N, num_inputs), device=device)
+    host_actions = torch.zeros((T, N), dtype=torch.int64)
+    log_probs = torch.zeros((T, N, A), device=device)
+    values = torch.zeros((T + 1, N), device=device)
+    rewards = torch.zeros((T, N), device=device)
+    terminated = torch.zeros((T, N), dtype=torch.bool, device=device)
+    dones = torch.zeros((T + 1, N), dtype=torch.bool, device=device)  # obs[t] is the last of an episode
+
+    envs = make_envs(args)
+    sticky_actions = StickyActions(N, args.sticky, args.seed)
+    reward_scaler = RewardScaler(N, args.gamma, device)
+    recorder = EpisodeRecorder(N)
+    recent_returns = deque(maxlen=100)
+    obs[T] = to_device(torch.from_numpy(vectorize(envs.reset()[0], num_inputs)), device)
+    dummy, done = np.ones(N, dtype=bool), np.zeros(N, dtype=bool)  # the first step is as if after a dummy
+    start_time = time.time()
+    progress = tqdm(total=num_iterations * T * N, unit=" steps", desc=run_dir.name, mininterval=1.0)
+
+    for iteration in range(num_iterations):
+        # ==== 7. Rollout ==============================================================================================
+        optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
+        obs[0], dones[0] = obs[T], dones[T]
+        for t in range(T):
+            with torch.no_grad(), autocast:
+                log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
+                host_actions[t] = torch.multinomial(log_probs[t].exp(), num_samples=1).squeeze(-1)
+
+            executed = sticky_actions.step(host_actions[t].numpy(), first=dummy)  # the row after a dummy is a first one
+            next_obs, reward, ended, truncated, _ = envs.step(executed)
+            dummy, done = done, ended | truncated
+            obs[t + 1] = to_device(
+                torch.from_numpy(vectorize(next_obs, num_inputs)), device
+            )  # the true s', even where an episode ends
+            rewards[t] = to_device(torch.from_numpy(reward), device)
+            terminated[t] = to_device(torch.from_numpy(ended), device)  # not by the time limit
+            dones[t + 1] = to_device(torch.from_numpy(done), device)
+
+            global_step = (iteration * T + t + 1) * N
+            for episodic_return, length in recorder.step(reward, done, dummy):
+                episodes.writerow((global_step, episodic_return, length))
+                writer.add_scalar("charts/episodic_return", episodic_return, global_step)
+                writer.add_scalar("charts/episodic_length", length, global_step)
+                recent_returns.append(episodic_return)
+
+        # ==== 8. Advantages ===========================================================================================
+        with torch.no_grad(), autocast:
+            values[T] = agent.policy_and_value(agent.encode(obs[T]))[1]
+        actions = to_device(host_actions, device)
+        mask = (~dones[:T]).float()  # (T, N)
+        scaled_rewards = reward_scaler.scale(rewards, dones)
+        advantages, returns = compute_gae(scaled_rewards, values, terminated, dones, args.gamma, args.gae_lambda)
+
+        # ==== 9. Update ===============================================================================================
+        start_weights = {name: weight.clone() for name, weight in agent.state_dict().items()}
+        minibatch_stats = []
+        for _ in range(args.update_epochs):
+            for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
+                # A chunk is L steps of one environment. Its L + 1 frames are encoded once, as s and as the last s'.
+                frame_t = chunks[:, None] // N * L + torch.arange(L + run_world_model)  # (chunks, L + 1)
+                t, n = frame_t[:, :L], chunks[:, None] % N
+                mb_host_actions = host_actions[t, n].flatten()
+                frame_t, t, n = to_device(frame_t, device), to_device(t, device), to_device(n, device)
+                batch = Minibatch(
+                    actions=actions[t, n].flatten(),
+                    host_actions=mb_host_actions,
+                    rewards=scaled_rewards[t, n].flatten(),
+                    old_log_probs=log_probs[t, n].flatten(0, 1),
+                    advantages=advantages[t, n].flatten(),
+                    returns=returns[t, n].flatten(),
+                    mask=mask[t, n].flatten(),
+                )
+                with autocast:
+                    frames_z = agent.encode(obs[frame_t, n].flatten(0, 1)).unflatten(0, frame_t.shape)
+                    z, next_z, noise = frames_z[:, :L].flatten(0, 1), None, None
+                    if run_world_model:
+                        next_z = frames_z[:, 1:].flatten(0, 1)
+                        noise = torch.randn((*z.shape, 5), device=device, generator=noise_rng)
+                    loss, stats = compute_loss(agent, batch, z, next_z, noise, args)
+                optimizer.zero_grad()
+                loss.backward()
+                stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                minibatch_stats.append(torch.stack(list(stats.values())))
+
+        # ==== 10. Logging =============================================================================================
+        table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); the update's one wait for the device
+        not_finite = ~table.isfinite()
+        if not_finite.any():
+            torch.save(start_weights, run_dir / "agent.pt")
+            first = not_finite[not_finite.any(-1)][0]
+            terms = ", ".join(name for name, bad in zip(stats, first, strict=True) if bad)
+            print(f"error: stopped at step {global_step}: not finite: {terms}", file=sys.stderr)
+            print(f"error: {run_dir / 'agent.pt'} has the weights from before this iteration", file=sys.stderr)
+            raise SystemExit(1)
+        metrics = dict(zip(stats, table.mean(0).tolist(), strict=True))
+        last_epoch = dict(zip(stats, table[-args.num_minibatches :].unbind(-1), strict=True))
+        metrics["spi/ratio_min"] = last_epoch["spi/ratio_min"].min().item()
+        metrics["spi/ratio_max"] = last_epoch["spi/ratio_max"].max().item()
+        metrics["spi/outside_neighbourhood"] = last_epoch["spi/outside_neighbourhood"].mean().item()
+        metrics["losses/explained_variance"] = explained_variance(values[:T], returns, mask).item()
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        metrics["charts/SPS"] = global_step / (time.time() - start_time)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, global_step)
+        mean_return = f"{np.mean(recent_returns):.2f}" if recent_returns else "no episode yet"
+        progress.set_postfix_str(f"return {mean_return}, SPS {metrics['charts/SPS']:.0f}", refresh=False)
+        progress.update(T * N)
+
+    progress.close()
+    torch.save(agent.state_dict(), run_dir / "agent.pt")
+    episodes_file.close()
+    writer.close()
+    sps, minutes = metrics["charts/SPS"], (time.time() - start_time) / 60
+    print(
+        f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}; {global_step:,} steps"
+    )
+    print(f"{sps:,.0f} steps per second, {minutes:.1f} minutes on {run['device']} in {precision}")
+    print(f"{run_dir}: config.json, episodes.csv, agent.pt; curves: tensorboard --logdir {args.runs_dir}")
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))
