@@ -260,8 +260,8 @@ def exact_spectral_norm(matrix: Tensor) -> Tensor:
     Power iteration on the smaller Gram matrix, 2^12 steps of it by squaring 12 times: no state between calls, and no
     eigensolver, which would make CUDA wait. With u, v held fixed, σ = uᵀWv has the gradient uvᵀ, which is that of σ.
     """
+    tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
     with torch.no_grad():
-        tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
         power = tall.mT @ tall
         for _ in range(6):  # the norm between two squarings keeps float32 from underflowing
             power = power / torch.linalg.matrix_norm(power, keepdim=True)

@@ -1,0 +1,149 @@
+"""Parity with the published code's numbers, and proof that it would notice a difference."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deep_spi_ppo_atari
+import deepmdp_ppo_atari
+from tests import parity
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(GOLDEN.glob("*.npz"))
+
+
+def test_there_are_cases():
+    assert {path.stem for path in CASES} == {"deep_spi_a6", "deepmdp_a6", "deepmdp_penalty_a6", "gae"}
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_scripts_give_the_published_numbers(path):
+    comparisons = parity.check_case(path)
+    assert comparisons and not [comparison for comparison in comparisons if not comparison.passed]
+
+
+def altered(script, old, new):
+    """The script with one piece of its text replaced, as a module."""
+    source = Path(script.__file__).read_text()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+    module = types.ModuleType(f"altered_{script.__name__}")
+    module.__file__ = script.__file__
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(source.replace(old, new), script.__file__, "exec"), module.__dict__)
+    finally:
+        del sys.modules[module.__name__]
+    return module
+
+
+DEEP_SPI_MISTAKES = {
+    "normalised after subtracting": (
+        "utility = advantages - penalty",
+        "utility = normalize(batch.advantages - penalty, batch.mask)",
+    ),
+    "z' detached": (
+        "agent.transition_model(z, batch.host_actions, noise), next_z)",
+        "agent.transition_model(z, batch.host_actions, noise), next_z.detach())",
+    ),
+    "z detached": ("reward_loss(agent.reward_model(z, ", "reward_loss(agent.reward_model(z.detach(), "),
+    "mean over the latent": ('reduction="none").flatten(1).sum(-1)', 'reduction="none").flatten(1).mean(-1)'),
+    "latent flattened C,H,W": ("self.fc(z.flatten(1))", "self.fc(z.permute(0, 3, 1, 2).flatten(1))"),
+    "sample standard deviation": (
+        "masked_mean(centred.square(), mask).sqrt()",
+        "(centred.square().sum() / (len(mask) - 1)).sqrt()",
+    ),
+    "losses outside the min": ('if args.loss_placement == "utility":', "if False:"),
+    "sigma instead of the published rule": ('exact = self.rule == "exact"', "exact = True"),
+    "power iteration not differentiated": ("    v = v[:, None]\n", "    v, matrix = v[:, None], matrix.detach()\n"),
+    "noise not clipped": ("noise[a_rows].clamp(-1, 1)", "noise[a_rows]"),
+    "padded at the top": ("F.pad(x, (0, 0, 0, 1, 0, 1))", "F.pad(x, (0, 0, 0, 1, 1, 0))"),
+    "padded at the left": ("F.pad(x, (0, 0, 0, 1, 0, 1))", "F.pad(x, (0, 0, 1, 0, 0, 1))"),
+    "loc not halved": ("weights, 0.5 * loc,", "weights, loc,"),
+    "pairs sorted the other way": (
+        "torch.minimum(first, second), torch.maximum",
+        "torch.maximum(first, second), torch.minimum",
+    ),
+    "value loss not halved": ("value_loss = 0.5 *", "value_loss = 1.0 *"),
+    "ratio not clipped": ("ratio.clamp(1 - clip_coef, 1 + clip_coef) * utility", "ratio * utility"),
+}
+DEEPMDP_MISTAKES = {
+    "sum over the latent": ('reduction="none").flatten(1).mean(-1)', 'reduction="none").flatten(1).sum(-1)'),
+    "z' detached": ("transition_loss(predicted_next_z, next_z)", "transition_loss(predicted_next_z, next_z.detach())"),
+    "no ReLU on the prediction": ("F.relu(conv_2x2(x, kernels[a], biases[a]))", "conv_2x2(x, kernels[a], biases[a])"),
+    "penalty reaches the encoder": ("    z = z.detach().requires_grad_()\n", ""),
+    "penalty on norms, not squares": ("gradient.square().sum(-1) + 1e-8", "gradient.norm(dim=-1)"),
+    "penalty on R̄ only": ("in (predicted_next_z, predicted_rewards):", "in (predicted_rewards,):"),
+}
+
+
+@pytest.mark.parametrize("mistake", DEEP_SPI_MISTAKES)
+def test_parity_catches_deep_spi(mistake):
+    comparisons = parity.check_case(
+        GOLDEN / "deep_spi_a6.npz", altered(deep_spi_ppo_atari, *DEEP_SPI_MISTAKES[mistake])
+    )
+    assert [comparison.name for comparison in comparisons if not comparison.passed]
+
+
+@pytest.mark.parametrize("mistake", DEEPMDP_MISTAKES)
+def test_parity_catches_deepmdp(mistake):
+    script = altered(deepmdp_ppo_atari, *DEEPMDP_MISTAKES[mistake])
+    comparisons = parity.check_case(GOLDEN / "deepmdp_penalty_a6.npz", script)
+    assert [comparison.name for comparison in comparisons if not comparison.passed]
+
+
+@pytest.mark.parametrize(
+    "mistake", [("~dones[t + 1] * advantage", "advantage"), ("values[1:] * ~terminated", "values[1:]")]
+)
+def test_parity_catches_gae(mistake):
+    comparisons = parity.check_case(GOLDEN / "gae.npz", altered(deep_spi_ppo_atari, *mistake))
+    assert [comparison.name for comparison in comparisons if not comparison.passed]
+
+
+@pytest.mark.parametrize("name, num_actions", [("deep_spi_a6", 18), ("deep_spi_a6", 3), ("deepmdp_penalty_a6", 9)])
+def test_other_shapes_and_seeds_are_understood(name, num_actions):
+    """A case of other A, B and seed is read and compared; these stored numbers, being cut from A = 6, must not pass."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        case = dict(file)
+    rows = 5
+    case |= {"num_actions": np.array(num_actions), "batch": np.array(rows), "seed": np.array(123)}
+    random = np.random.RandomState(0)
+    for key, value in case.items():
+        if value.shape[:1] == (8,):
+            case[key] = value[:rows]
+    case["logits"] = random.standard_normal((rows, num_actions)).astype(np.float32)
+    for width in (num_actions, 5 * num_actions):
+        case[f"power_start/{width}"] = random.standard_normal(width).astype(np.float32)
+    comparisons = {comparison.name: comparison for comparison in parity.check_agent(case)}
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        stored = {key for key in file if key.startswith(("grad_", "five_step_delta"))}
+    assert stored <= comparisons.keys() | {"gradient_penalty_coef"}
+    assert all(np.isfinite(comparison.error) for comparison in comparisons.values())
+    assert not comparisons["loss"].passed and not comparisons["logits"].passed
+
+
+def test_command_line_reports_each_quantity():
+    command = [sys.executable, "-m", "tests.parity", GOLDEN / "deep_spi_a6.npz", GOLDEN / "gae.npz"]
+    done = subprocess.run(command, cwd=GOLDEN.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if line.endswith("pass")]) == len(lines) - 1 > 80
+
+
+def test_command_line_exit_codes(tmp_path):
+    with np.load(GOLDEN / "gae.npz") as file:
+        wrong = dict(file)
+    wrong["advantages"] = wrong["advantages"] + 1e-2
+    np.savez(tmp_path / "wrong.npz", **wrong)
+    del wrong["rewards"]
+    np.savez(tmp_path / "lacking.npz", **wrong)
+    np.savez(tmp_path / "unknown.npz", something=np.zeros(3))
+    (tmp_path / "text.npz").write_text("not a case")
+    for name, code in {"wrong": 1, "lacking": 2, "unknown": 2, "text": 2, "missing": 2}.items():
+        command = [sys.executable, "-m", "tests.parity", tmp_path / f"{name}.npz"]
+        done = subprocess.run(command, cwd=GOLDEN.parent.parent, capture_output=True, text=True)
+        assert done.returncode == code, name
+        assert len(done.stderr.splitlines()) == (code == 2), done.stderr
