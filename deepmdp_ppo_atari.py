@@ -308,7 +308,7 @@ class Minibatch(NamedTuple):
 
     actions: Tensor  # (M,) int64
     host_actions: Tensor  # (M,) int64, the same in host memory
-    rewards: Tensor  # (M,) clipped, the reward model's target
+    rewards: Tensor  # (M,) clipped or scaled: what the advantages are made of, and R̄ has to predict
     old_log_probs: Tensor  # (M, A) ln π_old of every action
     advantages: Tensor  # (M,)
     returns: Tensor  # (M,) the value function's target

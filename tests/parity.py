@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import deepmdp_ppo_atari
 import numpy as np
 import torch
 from torch import Tensor
 
 import deep_spi_ppo_atari
+import deepmdp_ppo_atari
 
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE, STEP_TOLERANCE = 1e-4, 1e-4, 1e-5
 SCRIPTS = {"deepspi": deep_spi_ppo_atari, "deepmdp": deepmdp_ppo_atari}

@@ -1,0 +1,34 @@
+# Two commands on a fresh machine: `make train` and `make test`.
+PYTHON ?= python3
+RUN ?= CartPole-v1__$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: train test test-slow control figures
+
+train: .venv/.train  ## solve CartPole-v1 with Deep SPI and draw the learning curve
+	.venv/bin/python deep_spi_ppo.py --run-name $(RUN)
+	.venv/bin/python -m benchmark.learning_curve runs/$(RUN)
+
+test: .venv/.test  ## lint and the fast tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest -q -m "not slow"
+
+test-slow: .venv/.test  ## the longer checks
+	.venv/bin/python -m pytest -q -m slow
+
+control: .venv/.train  ## the three control tasks, 10 seeds each; finished runs are skipped
+	.venv/bin/python -m benchmark.control
+
+figures: .venv/.train  ## README's figures and tables, from the committed results
+	.venv/bin/python -m benchmark.figures
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.train: requirements.txt | .venv/bin/python
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.test: requirements.txt requirements-dev.txt | .venv/bin/python
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

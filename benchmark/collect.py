@@ -1,0 +1,89 @@
+"""Turn finished runs into committed tables: python -m benchmark.collect RUNS_DIR --out benchmark/results/NAME
+
+Writes NAME.csv (one line per run: settings, result, cost, versions), NAME_curves.csv (mean return of the episodes that
+ended in each of 50 equal parts of the run) and NAME_metrics.csv (every logged metric, averaged over 10 parts).
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+CURVE_PARTS, METRIC_PARTS = 50, 10
+
+
+def is_finished(run_dir: Path) -> bool:
+    """A run writes its weights last."""
+    return (run_dir / "agent.pt").exists()
+
+
+def read_events(run_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of every metric of a run, but for the single episodes, which episodes.csv has."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    scalars = {}
+    for tag in sorted(events.Tags()["scalars"]):
+        if not tag.startswith("charts/episodic_"):
+            points = events.Scalars(tag)
+            scalars[tag] = np.array([p.step for p in points]), np.array([p.value for p in points])
+    return scalars
+
+
+def parts(steps: np.ndarray, values: np.ndarray, last_step: int, count: int) -> list[tuple[int, float]]:
+    """Mean of the values whose step lies in each of `count` equal parts of (0, last_step]; empty parts are left out."""
+    edges = np.linspace(0, last_step, count + 1)
+    part = np.clip(np.searchsorted(edges, steps, side="left") - 1, 0, count - 1)
+    return [(round(edges[i + 1]), float(values[part == i].mean())) for i in range(count) if (part == i).any()]
+
+
+def collect(runs_dir: Path, out: Path) -> int:
+    """Write the three tables of all finished runs below `runs_dir`; return their number."""
+    summary, curves, metrics = [], [], []
+    run_dirs = sorted(path.parent for path in runs_dir.rglob("config.json"))
+    for run_dir in filter(is_finished, run_dirs):
+        config = json.loads((run_dir / "config.json").read_text())
+        args = config["args"]
+        key = {"script": config["script"], "env_id": args["env_id"], "seed": args["seed"]}
+        events = read_events(run_dir)
+        last_step, sps = events["charts/SPS"][0][-1], events["charts/SPS"][1][-1]
+        episodes = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1, ndmin=2).reshape(-1, 3)
+        summary.append(
+            key
+            | {
+                "steps": last_step,
+                "mean_return_last_100": f"{episodes[-100:, 1].mean():.2f}" if len(episodes) else "",
+                "episodes": len(episodes),
+                "minutes": f"{last_step / sps / 60:.2f}",
+                "sps": f"{sps:.0f}",
+                "device": config["device"],
+                "precision": config["precision"],
+                "torch_threads": config["torch_threads"],
+                "machine": config["machine"],
+                "versions": " ".join(f"{name}={version}" for name, version in config["versions"].items()),
+                "git_commit": config["git_commit"],
+                "settings": " ".join(f"{name}={value}" for name, value in args.items() if name not in key),
+            }
+        )
+        for step, value in parts(episodes[:, 0], episodes[:, 1], last_step, CURVE_PARTS):
+            curves.append(key | {"step": step, "mean_return": f"{value:.3f}"})
+        for tag, (steps, values) in events.items():
+            for step, value in parts(steps, values, last_step, METRIC_PARTS):
+                metrics.append(key | {"metric": tag, "step": step, "value": f"{value:.6g}"})
+    for suffix, rows in (("", summary), ("_curves", curves), ("_metrics", metrics)):
+        if rows:
+            with open(out.with_name(f"{out.name}{suffix}.csv"), "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+    return len(summary)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmark.collect", description=__doc__.splitlines()[0])
+    parser.add_argument("runs_dir", type=Path)
+    parser.add_argument("--out", type=Path, required=True, metavar="benchmark/results/NAME")
+    arguments = parser.parse_args()
+    print(f"{collect(arguments.runs_dir, arguments.out)} finished runs in {arguments.out}*.csv")

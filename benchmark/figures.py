@@ -1,0 +1,129 @@
+"""README's tables and pictures from the committed results: python -m benchmark.figures
+
+Each table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`, and is written anew there.
+"""
+
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from benchmark.control import THRESHOLDS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of a committed table."""
+    with open(RESULTS / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile-bootstrap interval of the mean over seeds, values (seeds, ...) → low, high (...)."""
+    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    means = np.stack([values[pick].mean(axis=0) for pick in picks])
+    return np.percentile(means, 2.5, axis=0), np.percentile(means, 97.5, axis=0)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def control_table() -> str:
+    """Per task: seeds solved, and the mean return of the last 100 episodes over seeds with its interval."""
+    by_task = defaultdict(list)
+    for row in read("control"):
+        by_task[row["env_id"]].append(row)
+    rows = []
+    for task, threshold in THRESHOLDS.items():
+        returns = np.array([float(row["mean_return_last_100"]) for row in by_task[task]])
+        low, high = bootstrap_interval(returns)
+        minutes = np.median([float(row["minutes"]) for row in by_task[task]])
+        steps = f"{int(by_task[task][0]['steps']):,}"
+        solved = f"{(returns >= threshold).sum()} of {len(returns)}"
+        mean = f"{returns.mean():.1f} [{low:.1f}, {high:.1f}]"
+        extremes = f"{returns.min():.1f} to {returns.max():.1f}"
+        rows.append([task, steps, f">= {threshold:g}", solved, mean, extremes, f"{minutes:.1f}"])
+    header = [
+        "task",
+        "steps",
+        "solved if",
+        "seeds solved",
+        "mean [95 % interval]",
+        "worst to best seed",
+        "minutes a run",
+    ]
+    return markdown(header, rows)
+
+
+def atari_table() -> str:
+    """Per script and game: how the metrics went from the first tenth of the run to the last."""
+    values = defaultdict(list)  # in step order
+    for row in read("atari_200k_metrics"):
+        values[row["env_id"], row["script"], row["metric"]].append(float(row["value"]))
+    columns = {
+        "ℓ_R": "world_model/reward_loss",
+        "ℓ_P": "world_model/transition_loss",
+        "explained variance": "losses/explained_variance",
+        "entropy": "losses/entropy",
+        "outside N^C": "spi/outside_neighbourhood",
+    }
+    rows = []
+    for run in read("atari_200k"):
+        cells = []
+        for metric in columns.values():
+            series = values[run["env_id"], run["script"], metric]
+            cells.append(f"{series[0]:.3g} → {series[-1]:.3g}" if series else "")
+        mean_return = run["mean_return_last_100"]
+        rows.append([run["env_id"], f"`{run['script']}`", f"{int(run['steps']):,}", mean_return, *cells])
+    return markdown(["game", "script", "steps", "last 100 episodes", *columns], rows)
+
+
+def control_figure() -> None:
+    """Mean return over steps of the three control tasks, with the interval over seeds, and every seed."""
+    curves = defaultdict(lambda: defaultdict(dict))  # task → seed → step → return
+    for row in read("control_curves"):
+        curves[row["env_id"]][row["seed"]][int(row["step"])] = float(row["mean_return"])
+    figure, axes = plt.subplots(1, len(THRESHOLDS), figsize=(11, 3.2), layout="constrained")
+    for axis, (task, threshold) in zip(axes, THRESHOLDS.items(), strict=True):
+        seeds = curves[task].values()
+        steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
+        returns = np.array([[seed[step] for step in steps] for seed in seeds])  # (seeds, steps)
+        low, high = bootstrap_interval(returns, resamples=2000)
+        axis.plot(steps, returns.T, color="0.8", linewidth=0.7)
+        axis.fill_between(steps, low, high, color="C0", alpha=0.3)
+        axis.plot(steps, returns.mean(axis=0), color="C0", linewidth=2)
+        axis.axhline(threshold, color="C1", linestyle="--", linewidth=1)
+        axis.set(title=f"{task}, {len(returns)} seeds", xlabel="environment steps")
+    axes[0].set_ylabel("return of the episodes ending there")
+    figure.savefig(RESULTS / "control.png", dpi=150, metadata={"Software": None})
+
+
+TABLES = {"control": control_table, "atari_200k": atari_table}
+
+
+def with_tables(readme: str) -> str:
+    """README's text with every table written anew. Raises KeyError for a table that nobody knows."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)",
+        lambda match: match[1] + TABLES[match[2]]() + match[3],
+        readme,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    readme_path = ROOT / "README.md"
+    readme_path.write_text(with_tables(readme_path.read_text()))
+    control_figure()
+    print("README.md and benchmark/results/control.png are up to date with benchmark/results/*.csv")
