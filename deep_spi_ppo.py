@@ -1,7 +1,7 @@
 """Deep SPI on vector observations: safe policy improvement via world models (Delgrange, Avalos, Röpke, ICLR 2026).
 
     python deep_spi_ppo.py                                 # solves CartPole-v1 in about a minute on a laptop
-    python deep_spi_ppo.py --env-id LunarLander-v3 --total-timesteps 2000000
+    python deep_spi_ppo.py --env-id LunarLander-v3 --total-timesteps 1000000
 
 A policy π = π̄∘φ acts on a learned latent z = φ(s). A world model (R̄, P̄) is learned on φ beside it, and its losses stand
 inside PPO's clipped objective: the clip that keeps the new policy in a neighbourhood of the last one also bounds how
@@ -14,9 +14,9 @@ far those losses may move φ. That is the whole method:
     z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
     U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
 
-One set of defaults solves CartPole-v1, Acrobot-v1 (500,000 steps each) and LunarLander-v3 (2,000,000 steps); the seeds
-are in README.md. Any EnvPool environment will do that has discrete actions and observes an array of floats or an
-integer. Diff me against `deep_spi_ppo_atari.py`, the same algorithm on pixels. With both coefficients 0 this is PPO.
+One set of defaults solves CartPole-v1, Acrobot-v1 (200,000 steps each) and LunarLander-v3 (1,000,000); see README.md.
+Any EnvPool environment will do that has discrete actions and observes an array of floats or an integer.
+Diff me against `deep_spi_ppo_atari.py`, the same algorithm on pixels. With both coefficients 0 this is PPO.
 """
 # ==== 1. Imports ======================================================================================================
 
@@ -72,23 +72,23 @@ class Args:
     # ---- Environment
     env_id: str = "CartPole-v1"
     """EnvPool id of an environment with discrete actions and no pixels"""
-    total_timesteps: int = 500_000
+    total_timesteps: int = 200_000
     """environment steps in all"""
-    num_envs: int = 128
-    """N, parallel environments: many, for the state coverage that the world model needs (talk: 128 x 8, not 8 x 128)"""
-    num_steps: int = 32
+    num_envs: int = 64
+    """N, parallel environments"""
+    num_steps: int = 64
     """T, steps of each environment per iteration"""
     sticky: float = 0.0
     """probability that the last action is repeated instead of the one chosen, which makes the task stochastic"""
 
     # ---- PPO
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Adam's step size, annealed linearly to 0"""
     gamma: float = 0.99
     """γ, discount factor"""
     gae_lambda: float = 0.95
     """λ of generalised advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches per epoch"""
     update_epochs: int = 4
     """passes over the rollout per iteration"""
@@ -106,7 +106,7 @@ class Args:
     # ---- Deep SPI
     reward_loss_coef: float = 0.01
     """α_R, weight of the reward loss"""
-    transition_loss_coef: float = 0.05
+    transition_loss_coef: float = 0.0005
     """α_P, weight of the transition loss"""
     loss_placement: Literal["utility", "additive"] = "utility"
     """where the world model's losses go: into the utility, under the clip (Deep SPI), or beside the clipped loss"""
@@ -265,7 +265,7 @@ def exact_spectral_norm(matrix: Tensor) -> Tensor:
     tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
     with torch.no_grad():
         power = tall.mT @ tall
-        for _ in range(6):  # the norm between two squarings keeps float32 from underflowing
+        for _ in range(6):  # a norm after every second squaring keeps float32 from underflowing
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
             power = power @ power
@@ -708,6 +708,7 @@ def train(args: Args) -> None:
         table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); the update's one wait for the device
         not_finite = ~table.isfinite()
         if not_finite.any():
+            progress.close()
             torch.save(start_weights, run_dir / "agent.pt")
             first = not_finite[not_finite.any(-1)][0]
             terms = ", ".join(name for name, bad in zip(stats, first, strict=True) if bad)

@@ -222,7 +222,7 @@ def exact_spectral_norm(matrix: Tensor) -> Tensor:
     tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
     with torch.no_grad():
         power = tall.mT @ tall
-        for _ in range(6):  # the norm between two squarings keeps float32 from underflowing
+        for _ in range(6):  # a norm after every second squaring keeps float32 from underflowing
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
             power = power @ power
@@ -671,6 +671,7 @@ def train(args: Args) -> None:
         table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); the update's one wait for the device
         not_finite = ~table.isfinite()
         if not_finite.any():
+            progress.close()
             torch.save(start_weights, run_dir / "agent.pt")
             first = not_finite[not_finite.any(-1)][0]
             terms = ", ".join(name for name, bad in zip(stats, first, strict=True) if bad)

@@ -460,6 +460,7 @@ def train(args: Args) -> None:
         table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); the update's one wait for the device
         not_finite = ~table.isfinite()
         if not_finite.any():
+            progress.close()
             torch.save(start_weights, run_dir / "agent.pt")
             first = not_finite[not_finite.any(-1)][0]
             terms = ", ".join(name for name, bad in zip(stats, first, strict=True) if bad)

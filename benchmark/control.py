@@ -17,7 +17,7 @@ from benchmark.collect import collect, is_finished
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "control"
-TASKS = {"CartPole-v1": 200_000, "Acrobot-v1": 200_000, "LunarLander-v3": 1_500_000}  # steps
+TASKS = {"CartPole-v1": 200_000, "Acrobot-v1": 200_000, "LunarLander-v3": 1_000_000}  # steps
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "LunarLander-v3": 200.0}
 SEEDS = range(1, 11)
 
