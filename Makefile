@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN ?= CartPole-v1__$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test test-slow control figures
+.PHONY: train test test-slow control figures theory
 
 train: .venv/.train  ## solve CartPole-v1 with Deep SPI and draw the learning curve
 	.venv/bin/python deep_spi_ppo.py --run-name $(RUN)
@@ -21,6 +21,10 @@ control: .venv/.train  ## the three control tasks, 10 seeds each; finished runs 
 
 figures: .venv/.train  ## README's figures and tables, from the committed results
 	.venv/bin/python -m benchmark.figures
+
+theory: .venv/.train  ## README's pictures of the theory
+	.venv/bin/python safe_policy_improvement.py --out-dir runs/theory
+	mkdir -p benchmark/results/theory && cp runs/theory/*.png benchmark/results/theory/
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -84,7 +84,7 @@ class Args:
     # ---- PPO
     learning_rate: float = 2e-3
     """Adam's step size, annealed linearly to 0"""
-    gamma: float = 0.99
+    gamma: float = 0.999
     """γ, discount factor"""
     gae_lambda: float = 0.95
     """λ of generalised advantage estimation"""

@@ -1,7 +1,8 @@
 """Turn finished runs into committed tables: python -m benchmark.collect RUNS_DIR --out benchmark/results/NAME
 
 Writes NAME.csv (one line per run: settings, result, cost, versions), NAME_curves.csv (mean return of the episodes that
-ended in each of 50 equal parts of the run) and NAME_metrics.csv (every logged metric, averaged over 10 parts).
+ended in each of 50 equal parts of the run) and NAME_metrics.csv (every logged metric, averaged over 10 parts). What the
+tables have already stays in them, unless the same script, environment and seed was run again.
 """
 
 import argparse
@@ -39,34 +40,57 @@ def parts(steps: np.ndarray, values: np.ndarray, last_step: int, count: int) -> 
     return [(round(edges[i + 1]), float(values[part == i].mean())) for i in range(count) if (part == i).any()]
 
 
+def settings_text(args: dict) -> str:
+    """A run's settings as one cell: every argument but those that name the run."""
+    own_columns = ("env_id", "seed", "runs_dir", "run_name", "track")
+    return " ".join(f"{name}={value}" for name, value in args.items() if name not in own_columns)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(path: Path, rows: list[dict], runs: set[tuple]) -> None:
+    """Write the rows of `runs` in place of what the table had of them, sorted by run; the other runs' rows stay."""
+
+    def run_of(row: dict) -> tuple[str, str, int]:
+        return row["script"], row["env_id"], int(row["seed"])
+
+    rows = [row for row in read_table(path) if run_of(row) not in runs] + rows
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=run_of))
+
+
 def collect(runs_dir: Path, out: Path) -> int:
     """Write the three tables of all finished runs below `runs_dir`; return their number."""
-    summary, curves, metrics = [], [], []
+    summary, curves, metrics, runs = [], [], [], set()
     run_dirs = sorted(path.parent for path in runs_dir.rglob("config.json"))
     for run_dir in filter(is_finished, run_dirs):
         config = json.loads((run_dir / "config.json").read_text())
         args = config["args"]
         key = {"script": config["script"], "env_id": args["env_id"], "seed": args["seed"]}
+        runs.add(tuple(key.values()))
         events = read_events(run_dir)
         last_step, sps = events["charts/SPS"][0][-1], events["charts/SPS"][1][-1]
         episodes = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1, ndmin=2).reshape(-1, 3)
-        summary.append(
-            key
-            | {
-                "steps": last_step,
-                "mean_return_last_100": f"{episodes[-100:, 1].mean():.2f}" if len(episodes) else "",
-                "episodes": len(episodes),
-                "minutes": f"{last_step / sps / 60:.2f}",
-                "sps": f"{sps:.0f}",
-                "device": config["device"],
-                "precision": config["precision"],
-                "torch_threads": config["torch_threads"],
-                "machine": config["machine"],
-                "versions": " ".join(f"{name}={version}" for name, version in config["versions"].items()),
-                "git_commit": config["git_commit"],
-                "settings": " ".join(f"{name}={value}" for name, value in args.items() if name not in key),
-            }
-        )
+        result = {
+            "steps": last_step,
+            "mean_return_last_100": f"{episodes[-100:, 1].mean():.2f}" if len(episodes) else "",
+            "episodes": len(episodes),
+            "minutes": f"{last_step / sps / 60:.2f}",
+            "sps": f"{sps:.0f}",
+        }
+        circumstances = {
+            name: config[name] for name in ("device", "precision", "torch_threads", "machine", "git_commit")
+        }
+        circumstances["versions"] = " ".join(f"{name}={version}" for name, version in config["versions"].items())
+        summary.append(key | result | circumstances | {"settings": settings_text(args)})
         for step, value in parts(episodes[:, 0], episodes[:, 1], last_step, CURVE_PARTS):
             curves.append(key | {"step": step, "mean_return": f"{value:.3f}"})
         for tag, (steps, values) in events.items():
@@ -74,10 +98,7 @@ def collect(runs_dir: Path, out: Path) -> int:
                 metrics.append(key | {"metric": tag, "step": step, "value": f"{value:.6g}"})
     for suffix, rows in (("", summary), ("_curves", curves), ("_metrics", metrics)):
         if rows:
-            with open(out.with_name(f"{out.name}{suffix}.csv"), "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_table(out.with_name(f"{out.name}{suffix}.csv"), rows, runs)
     return len(summary)
 
 

@@ -2,10 +2,11 @@
 
 `deep_spi_ppo.py` with its defaults on CartPole-v1, Acrobot-v1 and LunarLander-v3, seeds 1 to 10, with nothing but the
 number of steps set. Protocol, fixed before the runs: a run solves its task if the mean return of its last 100 episodes
-reaches the threshold. Finished runs are skipped, so that the study can be stopped and continued; an unfinished one is
-moved aside, as <name>.broken-<time>, and begun again. Results go to benchmark/results/control*.csv.
+reaches the threshold. Runs that benchmark/results/control.csv has with the present settings are skipped, so that the
+study can be stopped and continued; an unfinished run is moved aside, as <name>.broken-<time>, and begun again.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -13,19 +14,28 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmark.collect import collect, is_finished
+import deep_spi_ppo
+from benchmark.collect import collect, is_finished, read_table, settings_text
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "control"
+RESULTS = ROOT / "benchmark" / "results" / "control"
 TASKS = {"CartPole-v1": 200_000, "Acrobot-v1": 200_000, "LunarLander-v3": 1_000_000}  # steps
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "LunarLander-v3": 200.0}
 SEEDS = range(1, 11)
 
 
+def has_result(env_id: str, seed: int) -> bool:
+    """Whether the committed table has this run, made with today's defaults."""
+    settings = settings_text(vars(deep_spi_ppo.Args(total_timesteps=TASKS[env_id])))
+    key = {"env_id": env_id, "seed": str(seed), "settings": settings}
+    return any(key.items() <= row.items() for row in read_table(RESULTS.with_suffix(".csv")))
+
+
 def run(env_id: str, seed: int) -> None:
     """One run in a process of its own, on one core. Raises CalledProcessError if it fails."""
     run_dir = RUNS / f"{env_id}__{seed}"
-    if is_finished(run_dir):
+    if has_result(env_id, seed) or is_finished(run_dir):
         return
     if run_dir.exists():
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{int(time.time())}"))
@@ -37,11 +47,16 @@ def run(env_id: str, seed: int) -> None:
     done.check_returncode()
 
 
-if __name__ == "__main__":
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(run, env_id, seed) for seed in SEEDS for env_id in TASKS]
-    for future in futures:
+def main() -> None:
+    """Make the runs that are missing, then the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.control", description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: one per core)")
+    with ThreadPoolExecutor(parser.parse_args().workers) as pool:
+        futures = [pool.submit(run, env_id, seed) for env_id in TASKS for seed in SEEDS]
+    print(f"{collect(RUNS, RESULTS)} runs made; results in {RESULTS.relative_to(ROOT)}*.csv")
+    for future in futures:  # a failed run makes the study fail, after the others have been kept
         future.result()
-    print(
-        f"{collect(RUNS, ROOT / 'benchmark' / 'results' / 'control')} finished runs in benchmark/results/control*.csv"
-    )
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,6 @@
 Each table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`, and is written anew there.
 """
 
-import csv
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from benchmark.collect import read_table
 from benchmark.control import THRESHOLDS
 
 matplotlib.use("Agg")
@@ -18,12 +18,6 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-
-
-def read(name: str) -> list[dict[str, str]]:
-    """The rows of a committed table."""
-    with open(RESULTS / f"{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +36,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def control_table() -> str:
     """Per task: seeds solved, and the mean return of the last 100 episodes over seeds with its interval."""
     by_task = defaultdict(list)
-    for row in read("control"):
+    for row in read_table(RESULTS / "control.csv"):
         by_task[row["env_id"]].append(row)
     rows = []
     for task, threshold in THRESHOLDS.items():
@@ -69,7 +63,7 @@ def control_table() -> str:
 def atari_table() -> str:
     """Per script and game: how the metrics went from the first tenth of the run to the last."""
     values = defaultdict(list)  # in step order
-    for row in read("atari_200k_metrics"):
+    for row in read_table(RESULTS / "atari_200k_metrics.csv"):
         values[row["env_id"], row["script"], row["metric"]].append(float(row["value"]))
     columns = {
         "ℓ_R": "world_model/reward_loss",
@@ -79,7 +73,7 @@ def atari_table() -> str:
         "outside N^C": "spi/outside_neighbourhood",
     }
     rows = []
-    for run in read("atari_200k"):
+    for run in read_table(RESULTS / "atari_200k.csv"):
         cells = []
         for metric in columns.values():
             series = values[run["env_id"], run["script"], metric]
@@ -92,7 +86,7 @@ def atari_table() -> str:
 def control_figure() -> None:
     """Mean return over steps of the three control tasks, with the interval over seeds, and every seed."""
     curves = defaultdict(lambda: defaultdict(dict))  # task → seed → step → return
-    for row in read("control_curves"):
+    for row in read_table(RESULTS / "control_curves.csv"):
         curves[row["env_id"]][row["seed"]][int(row["step"])] = float(row["mean_return"])
     figure, axes = plt.subplots(1, len(THRESHOLDS), figsize=(11, 3.2), layout="constrained")
     for axis, (task, threshold) in zip(axes, THRESHOLDS.items(), strict=True):
