@@ -1,8 +1,8 @@
 # Two commands on a fresh machine: `make train` and `make test`.
 PYTHON ?= python3
-RUN ?= CartPole-v1__$(shell date +%Y%m%d-%H%M%S)
+RUN := CartPole-v1__$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test test-slow control figures theory
+.PHONY: train test test-slow control figures atari-200k theory
 
 train: .venv/.train  ## solve CartPole-v1 with Deep SPI and draw the learning curve
 	.venv/bin/python deep_spi_ppo.py --run-name $(RUN)
@@ -21,6 +21,12 @@ control: .venv/.train  ## the three control tasks, 10 seeds each; finished runs 
 
 figures: .venv/.train  ## README's figures and tables, from the committed results
 	.venv/bin/python -m benchmark.figures
+
+atari-200k: .venv/.train  ## the first 200,000 steps of README's Atari table (hours)
+	for game in Pong-v5 Boxing-v5; do for script in ppo_baseline deepmdp_ppo_atari deep_spi_ppo_atari; do \
+		.venv/bin/python $$script.py --env-id $$game --total-timesteps 200704 \
+			--runs-dir runs/atari_200k --run-name $${game}__$$script || exit 1; done; done
+	.venv/bin/python -m benchmark.collect runs/atari_200k --out benchmark/results/atari_200k
 
 theory: .venv/.train  ## README's pictures of the theory
 	.venv/bin/python safe_policy_improvement.py --out-dir runs/theory

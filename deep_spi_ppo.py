@@ -73,7 +73,7 @@ class Args:
     env_id: str = "CartPole-v1"
     """EnvPool id of an environment with discrete actions and no pixels"""
     total_timesteps: int = 200_000
-    """environment steps in all"""
+    """environment steps in all, rounded down to whole rollouts"""
     num_envs: int = 64
     """N, parallel environments"""
     num_steps: int = 64
@@ -168,7 +168,7 @@ def check_env(env_id: str) -> tuple[int, int]:
 def vectorize(obs: np.ndarray, num_inputs: int) -> np.ndarray:
     """Observations as float32 vectors (N, O): integers (N,) one-hot, arrays of floats flattened."""
     if np.issubdtype(obs.dtype, np.integer):
-        return np.eye(num_inputs, dtype=np.float32)[obs]
+        return (obs[:, None] == np.arange(num_inputs)).astype(np.float32)
     return obs.reshape(len(obs), num_inputs).astype(np.float32)
 
 
@@ -186,20 +186,6 @@ def make_envs(args: Args):
         num_threads=min(args.num_envs, torch.get_num_threads()),
         env_seed=env_seeds(args.seed, args.num_envs),
     )
-
-
-class StickyActions:
-    """Repeats the last executed action with a given probability, except in an episode's first step."""
-
-    def __init__(self, num_envs: int, probability: float, seed: int):
-        self.probability, self.random = probability, np.random.default_rng(seed)
-        self.last = np.zeros(num_envs, dtype=np.int32)
-
-    def step(self, actions: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """The actions to execute (N,), of those chosen (N,); `first` (N,) marks episodes that begin."""
-        repeat = (self.random.random(len(actions)) < self.probability) & ~first
-        self.last = np.where(repeat, self.last, actions).astype(np.int32)
-        return self.last
 
 
 class RewardScaler:
@@ -222,21 +208,6 @@ class RewardScaler:
         count, total, squares = self.sums
         std = (squares / count - (total / count).square()).clamp(min=1e-8).sqrt()
         return (rewards / std.float()).clamp(-10, 10)
-
-
-class EpisodeRecorder:
-    """True return and length of whole episodes, per environment."""
-
-    def __init__(self, num_envs: int):
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
-
-    def step(self, reward: np.ndarray, over: np.ndarray, dummy: np.ndarray) -> list[tuple[float, int]]:
-        """Take one step's unclipped rewards, episode ends and auto-reset dummies, each (N,); return what ended."""
-        self.returns += np.where(dummy, 0.0, reward)
-        self.lengths += ~dummy
-        ended = [(self.returns[i].item(), self.lengths[i].item()) for i in np.flatnonzero(over)]
-        self.returns[over], self.lengths[over] = 0.0, 0
-        return ended
 
 
 # ==== 4. Networks =====================================================================================================
@@ -290,9 +261,10 @@ def published_spectral_norm(matrix: Tensor, v: Tensor) -> Tensor:
 
 
 class SpectralLayer(nn.Module):
-    """Weight (out, in) or (out, in/groups, kh, kw) and bias (out,) of a layer that is kept 1-Lipschitz, group by group.
+    """Weight (out, in) or (out, in/groups, kh, kw) and bias (out,); normalised, each group's matrix has σ = 1.
 
-    For a convolution σ is that of the matrix (out, in·kh·kw): with 2x2 kernels the map's own norm is at most 2σ.
+    So a linear layer is 1-Lipschitz. For a convolution σ is that of the matrix (out, in·kh·kw): with 2x2 kernels the
+    map itself may stretch by up to 2.
     """
 
     def __init__(self, shape: tuple[int, ...], rule: str, generator: torch.Generator, groups: int = 1):
@@ -302,9 +274,9 @@ class SpectralLayer(nn.Module):
         weight = nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std, generator=generator)
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(shape[0]))
         self.rule, self.groups = rule, groups
-        if rule == "published":  # one fixed start per matrix width, not a draw of this run
+        if rule == "published":
             start = torch.randn(self.matrix().shape[-1], generator=torch.Generator().manual_seed(0))
-            self.register_buffer("power_start", start)
+            self.register_buffer("power_start", start, persistent=False)  # the same in every run
 
     def matrix(self) -> Tensor:
         """The weight as matrices (groups, rows, columns); a linear layer's as (in, out), for the published rule's v."""
@@ -322,7 +294,7 @@ class SpectralLayer(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """R̄(z, a): a Lipschitz network with one output per action, of which only the taken action's is computed."""
+    """R̄(z, a): a 1-Lipschitz network with one output per action, of which only the taken action's is computed."""
 
     def __init__(self, num_actions: int, rule: str, generator: torch.Generator):
         super().__init__()
@@ -375,14 +347,16 @@ class TransitionModel(nn.Module):
             yield a_rows, mixture_weights, 0.5 * loc, 0.5 * (F.softplus(scale) + 1e-6)
 
     def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """One reparameterised sample z̄' ~ P̄(·|z, a), shape (B, 32).
+        """One reparameterised sample z̄' of P̄(·|z, a), shape (B, 32).
 
-        `noise` is standard normal, (B, 32, K); z̄' = Σ_k w_k (loc_k + scale_k clip(noise_k, -1, 1)).
+        `noise` is standard normal, (B, 32, K); z̄' = Σ_k w_k (loc_k + scale_k clip(noise_k, -1, 1)):
+        the published sample averages over the components, where a mixture's own would draw one of them.
         """
         rows, samples = [], []
         for a_rows, weights, loc, scale in self.distributions(z, actions):
             components = loc + scale * noise[a_rows].clamp(-1, 1)  # (n, 32, K)
-            samples.append((components @ weights[:, :, None]).squeeze(-1))
+            with torch.autocast(z.device.type, enabled=False):  # z̄' is compared with z' in float32
+                samples.append((components @ weights[:, :, None]).squeeze(-1))
             rows.append(a_rows)
         return torch.cat(samples)[torch.cat(rows).argsort()]  # back in the order of z
 
@@ -425,11 +399,10 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 class Minibatch(NamedTuple):
-    """M transitions: what `compute_loss` needs beside the latents."""
+    """M transitions: what `compute_loss` needs beside the latents. A whole rollout has (T, N) in place of (M,)."""
 
     actions: Tensor  # (M,) int64
-    host_actions: Tensor  # (M,) int64, the same in host memory
-    rewards: Tensor  # (M,) clipped or scaled: what the advantages are made of, and R̄ has to predict
+    rewards: Tensor  # (M,) clipped or scaled: those the advantages are made of
     old_log_probs: Tensor  # (M, A) ln π_old of every action
     advantages: Tensor  # (M,)
     returns: Tensor  # (M,) the value function's target
@@ -475,8 +448,8 @@ def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
 def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
 
-    One sample of z̄' bounds the talk's Wasserstein distance from above in expectation. z' is not detached: φ too is to
-    make the next latent predictable.
+    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ is the published choice. z' is not
+    detached: φ too is to make the next latent predictable.
     """
     return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").flatten(1).sum(-1)
 
@@ -493,12 +466,18 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_loss(
-    agent: Agent, batch: Minibatch, z: Tensor, next_z: Tensor | None, noise: Tensor | None, args: Args
+    agent: Agent,
+    batch: Minibatch,
+    z: Tensor,
+    next_z: Tensor | None,
+    host_actions: Tensor,
+    noise: Tensor | None,
+    args: Args,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a minibatch, and what of it is logged, as scalars.
 
-    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; noise: see `TransitionModel.forward`. Without
-    next_z the world model is not run, and this is PPO.
+    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; host_actions: the actions in host memory; noise:
+    see `TransitionModel.forward`. Without next_z the world model is not run, and this is PPO.
     """
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
@@ -509,7 +488,7 @@ def compute_loss(
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if next_z is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
-        l_p = transition_loss(agent.transition_model(z, batch.host_actions, noise), next_z)  # (M,)
+        l_p = transition_loss(agent.transition_model(z, host_actions, noise), next_z)  # (M,)
         penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
         if args.loss_placement == "utility":
             utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
@@ -597,6 +576,7 @@ def train(args: Args) -> None:
 
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.precision, device)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     run = describe_run(args, device, precision)
     (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
@@ -615,9 +595,9 @@ def train(args: Args) -> None:
 
     torch.manual_seed(args.seed)
     # The world model draws from generators of its own, so that the rest of the agent is the baseline's to the last bit.
-    world_model_rng = torch.Generator().manual_seed(args.seed)
-    agent = Agent(num_inputs, A, args.spectral_norm, world_model_rng).to(device)
-    noise_rng = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=world_model_rng).item())
+    init_seed, noise_seed = np.random.SeedSequence([args.seed, 1]).generate_state(2).tolist()
+    agent = Agent(num_inputs, A, args.spectral_norm, torch.Generator().manual_seed(init_seed)).to(device)
+    noise_rng = torch.Generator(device).manual_seed(noise_seed)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     obs = torch.zeros((T + 1, N, num_inputs), device=device)
@@ -629,9 +609,9 @@ def train(args: Args) -> None:
     dones = torch.zeros((T + 1, N), dtype=torch.bool, device=device)  # obs[t] is the last of an episode
 
     envs = make_envs(args)
-    sticky_actions = StickyActions(N, args.sticky, args.seed)
     reward_scaler = RewardScaler(N, args.gamma, device)
-    recorder = EpisodeRecorder(N)
+    executed, sticky_rng = np.zeros(N, dtype=np.int32), np.random.default_rng(args.seed)
+    episodic_return, episodic_length = np.zeros(N), np.zeros(N, dtype=np.int64)
     recent_returns = deque(maxlen=100)
     obs[T] = to_device(torch.from_numpy(vectorize(envs.reset()[0], num_inputs)), device)
     dummy, done = np.ones(N, dtype=bool), np.zeros(N, dtype=bool)  # the first step is as if after a dummy
@@ -647,7 +627,8 @@ def train(args: Args) -> None:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
                 host_actions[t] = torch.multinomial(log_probs[t].exp(), num_samples=1).squeeze(-1)
 
-            executed = sticky_actions.step(host_actions[t].numpy(), first=dummy)  # the row after a dummy is a first one
+            repeat = (sticky_rng.random(N) < args.sticky) & ~dummy  # never in an episode's first step, after a dummy
+            executed = np.where(repeat, executed, host_actions[t].numpy()).astype(np.int32)
             next_obs, reward, ended, truncated, _ = envs.step(executed)
             dummy, done = done, ended | truncated
             obs[t + 1] = to_device(
@@ -658,19 +639,22 @@ def train(args: Args) -> None:
             dones[t + 1] = to_device(torch.from_numpy(done), device)
 
             global_step = (iteration * T + t + 1) * N
-            for episodic_return, length in recorder.step(reward, done, dummy):
-                episodes.writerow((global_step, episodic_return, length))
-                writer.add_scalar("charts/episodic_return", episodic_return, global_step)
-                writer.add_scalar("charts/episodic_length", length, global_step)
-                recent_returns.append(episodic_return)
+            episodic_return += reward  # 0 in a dummy row
+            episodic_length += ~dummy
+            for i in np.flatnonzero(done):
+                episodes.writerow((global_step, episodic_return[i], episodic_length[i]))
+                writer.add_scalar("charts/episodic_return", episodic_return[i], global_step)
+                writer.add_scalar("charts/episodic_length", episodic_length[i], global_step)
+                recent_returns.append(episodic_return[i])
+            episodic_return[done], episodic_length[done] = 0, 0
 
         # ==== 8. Advantages ===========================================================================================
         with torch.no_grad(), autocast:
             values[T] = agent.policy_and_value(agent.encode(obs[T]))[1]
-        actions = to_device(host_actions, device)
         mask = (~dones[:T]).float()  # (T, N)
         scaled_rewards = reward_scaler.scale(rewards, dones)
         advantages, returns = compute_gae(scaled_rewards, values, terminated, dones, args.gamma, args.gae_lambda)
+        rollout = Minibatch(to_device(host_actions, device), scaled_rewards, log_probs, advantages, returns, mask)
 
         # ==== 9. Update ===============================================================================================
         start_weights = {name: weight.clone() for name, weight in agent.state_dict().items()}
@@ -680,24 +664,16 @@ def train(args: Args) -> None:
                 # A chunk is L steps of one environment. Its L + 1 frames are encoded once, as s and as the last s'.
                 frame_t = chunks[:, None] // N * L + torch.arange(L + run_world_model)  # (chunks, L + 1)
                 t, n = frame_t[:, :L], chunks[:, None] % N
-                mb_host_actions = host_actions[t, n].flatten()
+                mb_actions = host_actions[t, n].flatten()
                 frame_t, t, n = to_device(frame_t, device), to_device(t, device), to_device(n, device)
-                batch = Minibatch(
-                    actions=actions[t, n].flatten(),
-                    host_actions=mb_host_actions,
-                    rewards=scaled_rewards[t, n].flatten(),
-                    old_log_probs=log_probs[t, n].flatten(0, 1),
-                    advantages=advantages[t, n].flatten(),
-                    returns=returns[t, n].flatten(),
-                    mask=mask[t, n].flatten(),
-                )
+                batch = Minibatch(*(x[t, n].flatten(0, 1) for x in rollout))
                 with autocast:
                     frames_z = agent.encode(obs[frame_t, n].flatten(0, 1)).unflatten(0, frame_t.shape)
                     z, next_z, noise = frames_z[:, :L].flatten(0, 1), None, None
                     if run_world_model:
                         next_z = frames_z[:, 1:].flatten(0, 1)
                         noise = torch.randn((*z.shape, 5), device=device, generator=noise_rng)
-                    loss, stats = compute_loss(agent, batch, z, next_z, noise, args)
+                    loss, stats = compute_loss(agent, batch, z, next_z, mb_actions, noise, args)
                 optimizer.zero_grad()
                 loss.backward()
                 stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -705,14 +681,16 @@ def train(args: Args) -> None:
                 minibatch_stats.append(torch.stack(list(stats.values())))
 
         # ==== 10. Logging =============================================================================================
-        table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); the update's one wait for the device
+        table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); here the update waits for the device
         not_finite = ~table.isfinite()
-        if not_finite.any():
-            progress.close()
+        finite_weights = torch.stack([weight.isfinite().all() for weight in agent.parameters()]).all()
+        if not_finite.any() or not finite_weights:  # the last step's weights have met no loss yet
+            first = not_finite[not_finite.any(-1)][:1].any(0)
+            terms = [name for name, bad in zip(stats, first, strict=True) if bad] or ["weights"]
             torch.save(start_weights, run_dir / "agent.pt")
-            first = not_finite[not_finite.any(-1)][0]
-            terms = ", ".join(name for name, bad in zip(stats, first, strict=True) if bad)
-            print(f"error: stopped at step {global_step}: not finite: {terms}", file=sys.stderr)
+            progress.close()
+            writer.close()
+            print(f"error: stopped at step {global_step}: not finite: {', '.join(terms)}", file=sys.stderr)
             print(f"error: {run_dir / 'agent.pt'} has the weights from before this iteration", file=sys.stderr)
             raise SystemExit(1)
         metrics = dict(zip(stats, table.mean(0).tolist(), strict=True))
@@ -734,10 +712,8 @@ def train(args: Args) -> None:
     episodes_file.close()
     writer.close()
     sps, minutes = metrics["charts/SPS"], (time.time() - start_time) / 60
-    print(
-        f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}; {global_step:,} steps"
-    )
-    print(f"{sps:,.0f} steps per second, {minutes:.1f} minutes on {run['device']} in {precision}")
+    print(f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}")
+    print(f"{global_step:,} steps at {sps:,.0f} per second, {minutes:.1f} minutes on {run['device']} in {precision}")
     print(f"{run_dir}: config.json, episodes.csv, agent.pt; curves: tensorboard --logdir {args.runs_dir}")
 
 

@@ -70,7 +70,7 @@ class Args:
     env_id: str = "Pong-v5"
     """EnvPool id of the Atari game"""
     total_timesteps: int = 10_000_000
-    """agent steps in all (1 agent step = 4 frames)"""
+    """agent steps in all, rounded down to whole rollouts (1 agent step = 4 frames)"""
     num_envs: int = 64
     """N, parallel environments"""
     num_steps: int = 16
@@ -176,21 +176,6 @@ def make_envs(args: Args):
         repeat_action_probability=args.repeat_action_probability,
         noop_max=args.noop_max,
     )
-
-
-class EpisodeRecorder:
-    """True return and length of whole episodes, per environment."""
-
-    def __init__(self, num_envs: int):
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
-
-    def step(self, reward: np.ndarray, over: np.ndarray, dummy: np.ndarray) -> list[tuple[float, int]]:
-        """Take one step's unclipped rewards, episode ends and auto-reset dummies, each (N,); return what ended."""
-        self.returns += np.where(dummy, 0.0, reward)
-        self.lengths += ~dummy
-        ended = [(self.returns[i].item(), self.lengths[i].item()) for i in np.flatnonzero(over)]
-        self.returns[over], self.lengths[over] = 0.0, 0
-        return ended
 
 
 # ==== 4. Networks =====================================================================================================
@@ -304,11 +289,10 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 class Minibatch(NamedTuple):
-    """M transitions: what `compute_loss` needs beside the latents."""
+    """M transitions: what `compute_loss` needs beside the latents. A whole rollout has (T, N) in place of (M,)."""
 
     actions: Tensor  # (M,) int64
-    host_actions: Tensor  # (M,) int64, the same in host memory
-    rewards: Tensor  # (M,) clipped or scaled: what the advantages are made of, and R̄ has to predict
+    rewards: Tensor  # (M,) clipped or scaled: those the advantages are made of
     old_log_probs: Tensor  # (M, A) ln π_old of every action
     advantages: Tensor  # (M,)
     returns: Tensor  # (M,) the value function's target
@@ -359,11 +343,11 @@ def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").flatten(1).mean(-1)
 
 
-def gradient_penalty(agent: Agent, batch: Minibatch, z: Tensor) -> Tensor:
+def gradient_penalty(agent: Agent, batch: Minibatch, z: Tensor, host_actions: Tensor) -> Tensor:
     """G = E‖∂ΣP̄(z,a)/∂z‖² + E‖∂R̄(z,a)/∂z‖²: how steep the world model is, without a target; z is detached from φ."""
     z = z.detach().requires_grad_()
     penalty = torch.zeros((), device=z.device)
-    predicted_next_z = agent.transition_model(z, batch.host_actions)
+    predicted_next_z = agent.transition_model(z, host_actions)
     predicted_rewards = agent.reward_model(z, batch.actions)
     for prediction in (predicted_next_z, predicted_rewards):
         gradient = torch.autograd.grad(prediction.sum(), z, create_graph=True)[0].flatten(1)  # (M, 3136)
@@ -383,11 +367,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_loss(
-    agent: Agent, batch: Minibatch, z: Tensor, next_z: Tensor, args: Args
+    agent: Agent, batch: Minibatch, z: Tensor, next_z: Tensor, host_actions: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a minibatch, and what of it is logged, as scalars.
 
-    z, next_z: φ(s) and φ(s') of the M transitions, neither detached.
+    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; host_actions: the actions in host memory.
     """
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
@@ -396,7 +380,7 @@ def compute_loss(
 
     advantages = normalize(batch.advantages, batch.mask)
     mean_reward_loss = masked_mean(reward_loss(agent.reward_model(z, batch.actions), batch.rewards), batch.mask)  # L_R
-    predicted_next_z = agent.transition_model(z, batch.host_actions)
+    predicted_next_z = agent.transition_model(z, host_actions)
     mean_transition_loss = masked_mean(transition_loss(predicted_next_z, next_z), batch.mask)  # L_P
     world_model_loss = args.reward_loss_coef * mean_reward_loss + args.transition_loss_coef * mean_transition_loss
     world_model_stats = {
@@ -404,7 +388,7 @@ def compute_loss(
         "world_model/transition_loss": mean_transition_loss,
     }
     if args.gradient_penalty_coef > 0:
-        penalty = gradient_penalty(agent, batch, z)
+        penalty = gradient_penalty(agent, batch, z, host_actions)
         world_model_loss = world_model_loss + args.gradient_penalty_coef * penalty
         world_model_stats["world_model/gradient_penalty"] = penalty
 
@@ -483,6 +467,7 @@ def train(args: Args) -> None:
 
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.precision, device)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     run = describe_run(args, device, precision)
     (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
@@ -500,7 +485,8 @@ def train(args: Args) -> None:
 
     torch.manual_seed(args.seed)
     # The world model draws from a generator of its own, so that the rest of the agent starts as the baseline does.
-    agent = Agent(A, torch.Generator().manual_seed(args.seed)).to(device)
+    init_seed = np.random.SeedSequence([args.seed, 1]).generate_state(1).item()
+    agent = Agent(A, torch.Generator().manual_seed(init_seed)).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
@@ -512,7 +498,7 @@ def train(args: Args) -> None:
     dones = torch.zeros((T + 1, N), dtype=torch.bool, device=device)  # obs[t] is the last of an episode
 
     envs = make_envs(args)
-    recorder = EpisodeRecorder(N)
+    episodic_return, episodic_length = np.zeros(N), np.zeros(N, dtype=np.int64)
     recent_returns = deque(maxlen=100)
     obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device)
     done = np.zeros(N, dtype=bool)
@@ -537,18 +523,21 @@ def train(args: Args) -> None:
 
             global_step = (iteration * T + t + 1) * N
             game_over = info["terminated"].astype(bool) | truncated
-            for episodic_return, length in recorder.step(info["reward"], game_over, dummy):
-                episodes.writerow((global_step, episodic_return, length))
-                writer.add_scalar("charts/episodic_return", episodic_return, global_step)
-                writer.add_scalar("charts/episodic_length", length, global_step)
-                recent_returns.append(episodic_return)
+            episodic_return += info["reward"]  # unclipped, and 0 in a dummy row
+            episodic_length += ~dummy
+            for i in np.flatnonzero(game_over):
+                episodes.writerow((global_step, episodic_return[i], episodic_length[i]))
+                writer.add_scalar("charts/episodic_return", episodic_return[i], global_step)
+                writer.add_scalar("charts/episodic_length", episodic_length[i], global_step)
+                recent_returns.append(episodic_return[i])
+            episodic_return[game_over], episodic_length[game_over] = 0, 0
 
         # ==== 8. Advantages ===========================================================================================
         with torch.no_grad(), autocast:
             values[T] = agent.policy_and_value(agent.encode(obs[T]))[1]
-        actions = to_device(host_actions, device)
         mask = (~dones[:T]).float()  # (T, N)
         advantages, returns = compute_gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)
+        rollout = Minibatch(to_device(host_actions, device), rewards, log_probs, advantages, returns, mask)
 
         # ==== 9. Update ===============================================================================================
         start_weights = {name: weight.clone() for name, weight in agent.state_dict().items()}
@@ -558,21 +547,13 @@ def train(args: Args) -> None:
                 # A chunk is L steps of one environment. Its L + 1 frames are encoded once, as s and as the last s'.
                 frame_t = chunks[:, None] // N * L + torch.arange(L + 1)  # (chunks, L + 1)
                 t, n = frame_t[:, :L], chunks[:, None] % N
-                mb_host_actions = host_actions[t, n].flatten()
+                mb_actions = host_actions[t, n].flatten()
                 frame_t, t, n = to_device(frame_t, device), to_device(t, device), to_device(n, device)
-                batch = Minibatch(
-                    actions=actions[t, n].flatten(),
-                    host_actions=mb_host_actions,
-                    rewards=rewards[t, n].flatten(),
-                    old_log_probs=log_probs[t, n].flatten(0, 1),
-                    advantages=advantages[t, n].flatten(),
-                    returns=returns[t, n].flatten(),
-                    mask=mask[t, n].flatten(),
-                )
+                batch = Minibatch(*(x[t, n].flatten(0, 1) for x in rollout))
                 with autocast:
                     frames_z = agent.encode(obs[frame_t, n].flatten(0, 1)).unflatten(0, frame_t.shape)
                     z, next_z = frames_z[:, :L].flatten(0, 1), frames_z[:, 1:].flatten(0, 1)
-                    loss, stats = compute_loss(agent, batch, z, next_z, args)
+                    loss, stats = compute_loss(agent, batch, z, next_z, mb_actions, args)
                 optimizer.zero_grad()
                 loss.backward()
                 stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -580,14 +561,16 @@ def train(args: Args) -> None:
                 minibatch_stats.append(torch.stack(list(stats.values())))
 
         # ==== 10. Logging =============================================================================================
-        table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); the update's one wait for the device
+        table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); here the update waits for the device
         not_finite = ~table.isfinite()
-        if not_finite.any():
-            progress.close()
+        finite_weights = torch.stack([weight.isfinite().all() for weight in agent.parameters()]).all()
+        if not_finite.any() or not finite_weights:  # the last step's weights have met no loss yet
+            first = not_finite[not_finite.any(-1)][:1].any(0)
+            terms = [name for name, bad in zip(stats, first, strict=True) if bad] or ["weights"]
             torch.save(start_weights, run_dir / "agent.pt")
-            first = not_finite[not_finite.any(-1)][0]
-            terms = ", ".join(name for name, bad in zip(stats, first, strict=True) if bad)
-            print(f"error: stopped at step {global_step}: not finite: {terms}", file=sys.stderr)
+            progress.close()
+            writer.close()
+            print(f"error: stopped at step {global_step}: not finite: {', '.join(terms)}", file=sys.stderr)
             print(f"error: {run_dir / 'agent.pt'} has the weights from before this iteration", file=sys.stderr)
             raise SystemExit(1)
         metrics = dict(zip(stats, table.mean(0).tolist(), strict=True))
@@ -609,10 +592,8 @@ def train(args: Args) -> None:
     episodes_file.close()
     writer.close()
     sps, minutes = metrics["charts/SPS"], (time.time() - start_time) / 60
-    print(
-        f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}; {global_step:,} steps"
-    )
-    print(f"{sps:,.0f} steps per second, {minutes:.1f} minutes on {run['device']} in {precision}")
+    print(f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}")
+    print(f"{global_step:,} steps at {sps:,.0f} per second, {minutes:.1f} minutes on {run['device']} in {precision}")
     print(f"{run_dir}: config.json, episodes.csv, agent.pt; curves: tensorboard --logdir {args.runs_dir}")
 
 

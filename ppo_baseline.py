@@ -12,7 +12,7 @@ that the world model is all that the two scripts' runs differ by.
     A  advantages         N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
 
 Diff me against `deep_spi_ppo_atari.py`: the diff is Deep SPI. With that script's two coefficients at 0, the weights
-after training are the same to the last bit.
+after training are the same, to the last bit on a CPU in float32.
 Cost: about 400 steps a second on 2 CPU cores in float32, so 10 M steps take 7 hours there; see README.md.
 """
 # ==== 1. Imports ======================================================================================================
@@ -68,7 +68,7 @@ class Args:
     env_id: str = "Pong-v5"
     """EnvPool id of the Atari game"""
     total_timesteps: int = 10_000_000
-    """agent steps in all (1 agent step = 4 frames)"""
+    """agent steps in all, rounded down to whole rollouts (1 agent step = 4 frames)"""
     num_envs: int = 128
     """N, parallel environments"""
     num_steps: int = 8
@@ -168,21 +168,6 @@ def make_envs(args: Args):
     )
 
 
-class EpisodeRecorder:
-    """True return and length of whole episodes, per environment."""
-
-    def __init__(self, num_envs: int):
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
-
-    def step(self, reward: np.ndarray, over: np.ndarray, dummy: np.ndarray) -> list[tuple[float, int]]:
-        """Take one step's unclipped rewards, episode ends and auto-reset dummies, each (N,); return what ended."""
-        self.returns += np.where(dummy, 0.0, reward)
-        self.lengths += ~dummy
-        ended = [(self.returns[i].item(), self.lengths[i].item()) for i in np.flatnonzero(over)]
-        self.returns[over], self.lengths[over] = 0.0, 0
-        return ended
-
-
 # ==== 4. Networks =====================================================================================================
 # B rows, A actions. The latent z = φ(s) is (B, 7, 7, 64), flattened in that order where a linear layer reads it.
 
@@ -233,7 +218,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 class Minibatch(NamedTuple):
-    """M transitions: what `compute_loss` needs beside the latents."""
+    """M transitions: what `compute_loss` needs beside the latents. A whole rollout has (T, N) in place of (M,)."""
 
     actions: Tensor  # (M,) int64
     old_log_probs: Tensor  # (M, A) ln π_old of every action
@@ -367,6 +352,7 @@ def train(args: Args) -> None:
 
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.precision, device)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     run = describe_run(args, device, precision)
     (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
@@ -387,7 +373,7 @@ def train(args: Args) -> None:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
-    actions = torch.zeros((T, N), dtype=torch.int64, device=device)
+    host_actions = torch.zeros((T, N), dtype=torch.int64)
     log_probs = torch.zeros((T, N, A), device=device)
     values = torch.zeros((T + 1, N), device=device)
     rewards = torch.zeros((T, N), device=device)
@@ -395,7 +381,7 @@ def train(args: Args) -> None:
     dones = torch.zeros((T + 1, N), dtype=torch.bool, device=device)  # obs[t] is the last of an episode
 
     envs = make_envs(args)
-    recorder = EpisodeRecorder(N)
+    episodic_return, episodic_length = np.zeros(N), np.zeros(N, dtype=np.int64)
     recent_returns = deque(maxlen=100)
     obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device)
     done = np.zeros(N, dtype=bool)
@@ -409,9 +395,9 @@ def train(args: Args) -> None:
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
-                actions[t] = torch.multinomial(log_probs[t].exp(), num_samples=1).squeeze(-1)
+                host_actions[t] = torch.multinomial(log_probs[t].exp(), num_samples=1).squeeze(-1)
 
-            next_obs, reward, ended, truncated, info = envs.step(actions[t].cpu().numpy().astype(np.int32))
+            next_obs, reward, ended, truncated, info = envs.step(host_actions[t].numpy().astype(np.int32))
             dummy, done = done, ended | truncated
             obs[t + 1] = to_device(torch.from_numpy(next_obs), device)  # the true s', even where an episode ends
             rewards[t] = to_device(torch.from_numpy(np.sign(reward)), device)
@@ -420,17 +406,21 @@ def train(args: Args) -> None:
 
             global_step = (iteration * T + t + 1) * N
             game_over = info["terminated"].astype(bool) | truncated
-            for episodic_return, length in recorder.step(info["reward"], game_over, dummy):
-                episodes.writerow((global_step, episodic_return, length))
-                writer.add_scalar("charts/episodic_return", episodic_return, global_step)
-                writer.add_scalar("charts/episodic_length", length, global_step)
-                recent_returns.append(episodic_return)
+            episodic_return += info["reward"]  # unclipped, and 0 in a dummy row
+            episodic_length += ~dummy
+            for i in np.flatnonzero(game_over):
+                episodes.writerow((global_step, episodic_return[i], episodic_length[i]))
+                writer.add_scalar("charts/episodic_return", episodic_return[i], global_step)
+                writer.add_scalar("charts/episodic_length", episodic_length[i], global_step)
+                recent_returns.append(episodic_return[i])
+            episodic_return[game_over], episodic_length[game_over] = 0, 0
 
         # ==== 8. Advantages ===========================================================================================
         with torch.no_grad(), autocast:
             values[T] = agent.policy_and_value(agent.encode(obs[T]))[1]
         mask = (~dones[:T]).float()  # (T, N)
         advantages, returns = compute_gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)
+        rollout = Minibatch(to_device(host_actions, device), log_probs, advantages, returns, mask)
 
         # ==== 9. Update ===============================================================================================
         start_weights = {name: weight.clone() for name, weight in agent.state_dict().items()}
@@ -440,13 +430,7 @@ def train(args: Args) -> None:
                 # A chunk is L steps of one environment.
                 t, n = chunks[:, None] // N * L + torch.arange(L), chunks[:, None] % N  # (chunks, L), (chunks, 1)
                 t, n = to_device(t, device), to_device(n, device)
-                batch = Minibatch(
-                    actions=actions[t, n].flatten(),
-                    old_log_probs=log_probs[t, n].flatten(0, 1),
-                    advantages=advantages[t, n].flatten(),
-                    returns=returns[t, n].flatten(),
-                    mask=mask[t, n].flatten(),
-                )
+                batch = Minibatch(*(x[t, n].flatten(0, 1) for x in rollout))
                 with autocast:
                     z = agent.encode(obs[t, n].flatten(0, 1))
                     loss, stats = compute_loss(agent, batch, z, args)
@@ -457,14 +441,16 @@ def train(args: Args) -> None:
                 minibatch_stats.append(torch.stack(list(stats.values())))
 
         # ==== 10. Logging =============================================================================================
-        table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); the update's one wait for the device
+        table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); here the update waits for the device
         not_finite = ~table.isfinite()
-        if not_finite.any():
-            progress.close()
+        finite_weights = torch.stack([weight.isfinite().all() for weight in agent.parameters()]).all()
+        if not_finite.any() or not finite_weights:  # the last step's weights have met no loss yet
+            first = not_finite[not_finite.any(-1)][:1].any(0)
+            terms = [name for name, bad in zip(stats, first, strict=True) if bad] or ["weights"]
             torch.save(start_weights, run_dir / "agent.pt")
-            first = not_finite[not_finite.any(-1)][0]
-            terms = ", ".join(name for name, bad in zip(stats, first, strict=True) if bad)
-            print(f"error: stopped at step {global_step}: not finite: {terms}", file=sys.stderr)
+            progress.close()
+            writer.close()
+            print(f"error: stopped at step {global_step}: not finite: {', '.join(terms)}", file=sys.stderr)
             print(f"error: {run_dir / 'agent.pt'} has the weights from before this iteration", file=sys.stderr)
             raise SystemExit(1)
         metrics = dict(zip(stats, table.mean(0).tolist(), strict=True))
@@ -486,10 +472,8 @@ def train(args: Args) -> None:
     episodes_file.close()
     writer.close()
     sps, minutes = metrics["charts/SPS"], (time.time() - start_time) / 60
-    print(
-        f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}; {global_step:,} steps"
-    )
-    print(f"{sps:,.0f} steps per second, {minutes:.1f} minutes on {run['device']} in {precision}")
+    print(f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}")
+    print(f"{global_step:,} steps at {sps:,.0f} per second, {minutes:.1f} minutes on {run['device']} in {precision}")
     print(f"{run_dir}: config.json, episodes.csv, agent.pt; curves: tensorboard --logdir {args.runs_dir}")
 
 

@@ -17,8 +17,13 @@ CURVE_PARTS, METRIC_PARTS = 50, 10
 
 
 def is_finished(run_dir: Path) -> bool:
-    """A run writes its weights last."""
-    return (run_dir / "agent.pt").exists()
+    """Whether the run has logged its last step and written its weights, which one stopped by a bad loss has too."""
+    if not (run_dir / "agent.pt").exists():
+        return False
+    args = json.loads((run_dir / "config.json").read_text())["args"]
+    rollout = args["num_envs"] * args["num_steps"]
+    logged = read_events(run_dir).get("charts/SPS")
+    return logged is not None and logged[0][-1] == args["total_timesteps"] // rollout * rollout
 
 
 def read_events(run_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

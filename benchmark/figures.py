@@ -79,8 +79,8 @@ def atari_table() -> str:
             series = values[run["env_id"], run["script"], metric]
             cells.append(f"{series[0]:.3g} → {series[-1]:.3g}" if series else "")
         mean_return = run["mean_return_last_100"]
-        rows.append([run["env_id"], f"`{run['script']}`", f"{int(run['steps']):,}", mean_return, *cells])
-    return markdown(["game", "script", "steps", "last 100 episodes", *columns], rows)
+        rows.append([run["env_id"], f"`{run['script']}`", f"{int(run['steps']):,}", run["sps"], mean_return, *cells])
+    return markdown(["game", "script", "steps", "SPS", "return, last 100 episodes", *columns], rows)
 
 
 def control_figure() -> None:
@@ -109,8 +109,8 @@ TABLES = {"control": control_table, "atari_200k": atari_table}
 def with_tables(readme: str) -> str:
     """README's text with every table written anew. Raises KeyError for a table that nobody knows."""
     return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda match: match[1] + TABLES[match[2]]() + match[3],
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3],
         readme,
         flags=re.DOTALL,
     )

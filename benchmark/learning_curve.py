@@ -24,7 +24,8 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def draw(run_dir: Path) -> Path:
     """Write the picture and return its path. Raises SystemExit(2) if no episode has ended."""
-    steps, returns, _ = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1, ndmin=2, unpack=True)
+    episodes = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1).reshape(-1, 3)
+    steps, returns, _ = episodes.T
     if len(steps) == 0:
         print(f"error: {run_dir / 'episodes.csv'}: no episode has ended yet", file=sys.stderr)
         raise SystemExit(2)

@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -141,7 +142,7 @@ def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -
     with torch.no_grad():  # the case knows only the taken actions' old probabilities; the loss uses no other
         old_log_probs, _ = agent.policy_and_value(agent.encode(obs))
         old_log_probs.scatter_(1, actions[:, None], torch.from_numpy(case["old_logprob"])[:, None])
-    batch = script.Minibatch(actions, actions, rewards, old_log_probs, advantages, returns, torch.ones(rows))
+    batch = script.Minibatch(actions, rewards, old_log_probs, advantages, returns, torch.ones(rows))
     args = script.Args()
     if algorithm == "deepmdp":
         args.gradient_penalty_coef = float(case["gradient_penalty_coef"])
@@ -152,7 +153,7 @@ def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -
         return z, torch.where(dones[:, None, None, None], z, agent.encode(next_obs))
 
     def loss_and_stats() -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = (agent, batch, *latents(), *([noise] if algorithm == "deepspi" else []), args)
+        inputs = (agent, batch, *latents(), actions, *([noise] if algorithm == "deepspi" else []), args)
         return script.compute_loss(*inputs)
 
     def compare(name: str, ours: Tensor) -> Comparison:
@@ -224,7 +225,7 @@ def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -
 
 def check_gae(case: dict[str, np.ndarray], script: ModuleType | None = None) -> Iterator[Comparison]:
     """Compare `compute_gae` with a case's numbers on its real rows."""
-    dones = np.concatenate((case["dones"], case["next_done"][None]))  # (T+1, N)
+    dones = np.concatenate((case["dones"], case["next_done"][None])).astype(bool)  # (T+1, N)
     values = np.concatenate((case["values"], case["next_value"][None]))
     advantages, returns = (script or deep_spi_ppo_atari).compute_gae(
         torch.from_numpy(case["rewards"]),
@@ -234,7 +235,7 @@ def check_gae(case: dict[str, np.ndarray], script: ModuleType | None = None) -> 
         float(case["gamma"]),
         float(case["gae_lambda"]),
     )
-    real = ~case["dones"]
+    real = ~dones[:-1]
     for name, ours in (("advantages", advantages), ("returns", returns)):
         yield Comparison(name, relative_error(ours.numpy()[real], case[name][real]), FORWARD_TOLERANCE)
 
@@ -244,7 +245,7 @@ def check_case(path: Path, script: ModuleType | None = None) -> list[Comparison]
     try:
         with np.load(path) as file:
             case = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise MalformedCase(f"cannot be read as .npz: {error}") from error
     if "algorithm" not in case and "next_value" not in case:
         raise MalformedCase("has neither `algorithm` (an agent's case) nor `next_value` (GAE)")
@@ -252,15 +253,17 @@ def check_case(path: Path, script: ModuleType | None = None) -> list[Comparison]
         return list(check_agent(case, script) if "algorithm" in case else check_gae(case, script))
     except KeyError as error:
         raise MalformedCase(f"lacks {error}") from error
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise MalformedCase(f"does not fit the format: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MalformedCase(f"does not fit the format: {reason}") from error
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: `arguments`, or those of the process."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="+", type=Path, metavar="CASE.npz")
     failed = 0
-    for path in parser.parse_args().cases:
+    for path in parser.parse_args(arguments).cases:
         try:
             comparisons = check_case(path)
         except MalformedCase as error:

@@ -1,9 +1,13 @@
-"""Each bad input through the real command line: one clear line with the flag, the value and the rule; exit code 2."""
+"""Each bad input through the command line: one clear line with the flag, the value and the rule; exit code 2."""
+
+import importlib.util
+import runpy
+import sys
 
 import pytest
 import torch
 
-from tests.launch import launch_all
+from tests.launch import ROOT, launch_all
 
 VECTOR, ATARI = "deep_spi_ppo.py", "deep_spi_ppo_atari.py"
 CASES = {  # script, flags, what the one line must contain
@@ -33,41 +37,58 @@ CASES = {  # script, flags, what the one line must contain
     "infinite coefficient": (VECTOR, "--reward-loss-coef inf", ["--reward-loss-coef", "inf", "finite"]),
     "no neighbourhood": (VECTOR, "--clip-coef 1", ["--clip-coef", "1.0", "1 < C < 2"]),
     "negative seed": (VECTOR, "--seed -1", ["--seed", "-1"]),
-    "W&B without wandb": (VECTOR, "--track", ["--track", "pip install wandb"]),
     "existing folder": (VECTOR, "--run-name taken", ["--run-name", "taken", "exists"]),
     "unwritable folder": (VECTOR, "--runs-dir FILE", ["--runs-dir", "file", "cannot make"]),
     "baseline checks too": ("ppo_baseline.py", "--num-minibatches 5", ["--num-minibatches", "5", "must divide"]),
     "baseline names games": ("ppo_baseline.py", "--env-id Boxin-v5", ["--env-id", "Boxin-v5", "Boxing-v5"]),
     "negative penalty": ("deepmdp_ppo_atari.py", "--gradient-penalty-coef -1", ["--gradient-penalty-coef", "-1.0"]),
 }  # fmt: skip
+if importlib.util.find_spec("wandb") is None:
+    CASES["W&B without wandb"] = (VECTOR, "--track", ["--track", "pip install wandb"])
 if not torch.cuda.is_available():
     CASES["CUDA asked for and absent"] = (VECTOR, "--device cuda", ["--device", "cuda", "no CUDA"])
 
 
-@pytest.fixture(scope="session")
-def refusals(tmp_path_factory):
-    """What each command did, and the folder in which it could have made something."""
-    folder = tmp_path_factory.mktemp("bad")
-    (folder / "runs" / "taken").mkdir(parents=True)
-    (folder / "file").write_text("in the way")
-    commands = {}
-    for key, (script, flags, _) in CASES.items():
-        flags = flags.replace("FILE", str(folder / "file")).split()
-        commands[key] = (script, flags if "--runs-dir" in flags else [*flags, "--runs-dir", str(folder / "runs")])
-    return launch_all(commands), folder
+# These go as far as EnvPool's description of the environment, so that its warnings would be seen on stderr.
+IN_A_PROCESS_OF_THEIR_OWN = ("existing folder", "continuous actions", "zero environments")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder for runs in which one name is taken, beside a file that is in the way."""
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "file").write_text("in the way")
+    return tmp_path
+
+
+def command(key, folder):
+    """Script and flags of a case."""
+    script, flags, _ = CASES[key]
+    flags = flags.replace("FILE", str(folder / "file")).split()
+    return script, flags if "--runs-dir" in flags else [*flags, "--runs-dir", str(folder / "runs")]
+
+
+def assert_refused(key, code, stdout, stderr):
+    assert code == 2, stderr
+    assert stdout == ""
+    assert len(stderr.strip().splitlines()) == 1, stderr
+    for words in CASES[key][2]:
+        assert words in stderr
 
 
 @pytest.mark.parametrize("key", CASES)
-def test_bad_input_is_refused_in_one_line(refusals, key):
-    done = refusals[0][key]
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    for words in CASES[key][2]:
-        assert words in done.stderr
-
-
-def test_a_refused_run_leaves_nothing(refusals):
-    folder = refusals[1]
+def test_bad_input_is_refused_in_one_line(key, folder, monkeypatch, capsys):
+    """The script run as __main__ with these arguments, in this process, which has torch and EnvPool loaded already."""
+    script, flags = command(key, folder)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    monkeypatch.setattr("envpool.make", lambda *_, **__: pytest.fail("an environment was built"))
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert_refused(key, refused.value.code, *capsys.readouterr())
     assert [path.name for path in (folder / "runs").iterdir()] == ["taken"]
     assert not list((folder / "runs" / "taken").iterdir())
+
+
+def test_bad_input_from_a_shell(folder):
+    for key, done in launch_all({key: command(key, folder) for key in IN_A_PROCESS_OF_THEIR_OWN}).items():
+        assert_refused(key, done.returncode, done.stdout, done.stderr)

@@ -5,7 +5,6 @@ import numpy as np
 import torch
 
 import deep_spi_ppo
-import deep_spi_ppo_atari
 
 
 def test_environment_streams_of_two_seeds_never_overlap():
@@ -43,32 +42,6 @@ def test_time_limit_is_a_truncation_with_its_true_last_observation():
     assert obs[0, 1] != 0.0
 
 
-def test_atari_episodes_are_whole_games_with_unclipped_returns():
-    """A game's return sums raw rewards over all its lives, as EnvPool's own counters have it."""
-    args = deep_spi_ppo_atari.Args(env_id="Breakout-v5", num_envs=4, seed=5, noop_max=30)
-    envs = deep_spi_ppo_atari.make_envs(args)
-    envs.reset()
-    recorder = deep_spi_ppo_atari.EpisodeRecorder(4)
-    random = np.random.default_rng(0)
-    raw, steps, lives_lost = np.zeros(4), np.zeros(4, dtype=int), np.zeros(4, dtype=int)
-    done, games = np.zeros(4, dtype=bool), []
-    for _ in range(1500):
-        _, _, terminated, truncated, info = envs.step(random.integers(0, 4, 4).astype(np.int32))
-        dummy, done = done, terminated | truncated
-        raw += info["reward"]
-        steps += ~dummy
-        over = info["terminated"].astype(bool) | truncated
-        lives_lost += terminated
-        ended = recorder.step(info["reward"], over, dummy)
-        assert len(ended) == over.sum()
-        for (episodic_return, length), i in zip(ended, np.flatnonzero(over), strict=True):
-            assert episodic_return == raw[i] and length == steps[i]
-            assert lives_lost[i] == 5  # Breakout has five lives, each of which ends an episode for the learner
-            games.append(episodic_return)
-        raw[over], steps[over], lives_lost[over] = 0, 0, 0
-    assert len(games) >= 4 and max(games) > 0
-
-
 def test_reward_scaler_divides_by_the_deviation_of_the_discounted_return():
     random = np.random.default_rng(0)
     scaler = deep_spi_ppo.RewardScaler(3, 0.9, torch.device("cpu"))
@@ -93,17 +66,6 @@ def test_reward_scaler_divides_by_the_deviation_of_the_discounted_return():
 def test_reward_scaler_survives_rewards_that_are_all_0():
     scaler = deep_spi_ppo.RewardScaler(2, 0.99, torch.device("cpu"))
     assert (scaler.scale(torch.zeros(8, 2), torch.zeros(9, 2, dtype=torch.bool)) == 0).all()
-
-
-def test_sticky_actions_repeat_what_was_executed_and_never_in_the_first_step():
-    sticky = deep_spi_ppo.StickyActions(10_000, 0.25, seed=0)
-    first = sticky.step(np.full(10_000, 1), first=np.ones(10_000, dtype=bool))
-    assert (first == 1).all()
-    second = sticky.step(np.full(10_000, 2), first=np.zeros(10_000, dtype=bool))
-    assert abs((second == 1).mean() - 0.25) < 0.02
-    third = sticky.step(np.full(10_000, 3), first=np.zeros(10_000, dtype=bool))
-    assert abs((third == 1).mean() - 0.25**2) < 0.01 and abs((third == 2).mean() - 0.75 * 0.25) < 0.02
-    assert (sticky.step(np.full(10_000, 4), first=np.ones(10_000, dtype=bool)) == 4).all()
 
 
 def test_observations_become_vectors():

@@ -64,6 +64,27 @@ def test_same_name_same_text(pair):
     assert ALLOWED[pair] <= first.keys() & second.keys(), "the allow-list names something that is not shared"
 
 
+def sections(name):
+    """Text of each numbered section of a script."""
+    parts = re.split(r"^ *# ==== (\d+)\. .*$", SOURCES[name], flags=re.MULTILINE)
+    return dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
+
+
+def test_sections_of_the_training_loop_match():
+    """What is allowed to differ of `train` is the update, what it needs set up, and how a vector environment steps."""
+    reference = sections("ppo_baseline.py")
+    last_lines = "\n\nif __name__"
+    for name in SCRIPTS:
+        ours = sections(name)
+        assert ours[10].split(last_lines)[0] == reference[10].split(last_lines)[0], name  # logging
+        if name != "deep_spi_ppo.py":
+            assert ours[7] == reference[7], name  # rollout
+            assert ours[8].replace("rewards, log_probs", "log_probs") == reference[8], name  # advantages
+    atari, vector = sections("deep_spi_ppo_atari.py"), sections("deep_spi_ppo.py")
+    assert atari[9] == vector[9]  # the update
+    assert atari[5] == vector[5]  # the equations
+
+
 @pytest.mark.parametrize("name", ARGS_ALLOWED)
 def test_same_argument_same_text(name):
     reference, fields = args_fields("deep_spi_ppo_atari.py"), args_fields(name)
