@@ -40,6 +40,9 @@ def control_table() -> str:
         by_task[row["env_id"]].append(row)
     rows = []
     for task, threshold in THRESHOLDS.items():
+        if task not in by_task:
+            rows.append([task, "", f">= {threshold:g}", "no run yet", "", "", ""])
+            continue
         returns = np.array([float(row["mean_return_last_100"]) for row in by_task[task]])
         low, high = bootstrap_interval(returns)
         minutes = np.median([float(row["minutes"]) for row in by_task[task]])
@@ -90,6 +93,9 @@ def control_figure() -> None:
         curves[row["env_id"]][row["seed"]][int(row["step"])] = float(row["mean_return"])
     figure, axes = plt.subplots(1, len(THRESHOLDS), figsize=(11, 3.2), layout="constrained")
     for axis, (task, threshold) in zip(axes, THRESHOLDS.items(), strict=True):
+        axis.set(title=f"{task}, {len(curves[task])} seeds", xlabel="environment steps")
+        if not curves[task]:
+            continue
         seeds = curves[task].values()
         steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
         returns = np.array([[seed[step] for step in steps] for seed in seeds])  # (seeds, steps)
@@ -98,7 +104,6 @@ def control_figure() -> None:
         axis.fill_between(steps, low, high, color="C0", alpha=0.3)
         axis.plot(steps, returns.mean(axis=0), color="C0", linewidth=2)
         axis.axhline(threshold, color="C1", linestyle="--", linewidth=1)
-        axis.set(title=f"{task}, {len(returns)} seeds", xlabel="environment steps")
     axes[0].set_ylabel("return of the episodes ending there")
     figure.savefig(RESULTS / "control.png", dpi=150, metadata={"Software": None})
 

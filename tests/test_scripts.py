@@ -49,17 +49,23 @@ RUNS = FROM_A_SHELL | {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As `launch` has it: the bits of a result depend on the number of threads, from the orthogonal weights on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run_here(script, flags):
     """What `launch` does, without the ten seconds that loading torch and EnvPool takes."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             SCRIPTS[script].train(tyro.cli(SCRIPTS[script].Args, args=flags))
         except SystemExit as stop:
             code = stop.code
-    torch.set_num_threads(threads)
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 

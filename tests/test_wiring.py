@@ -148,23 +148,23 @@ def test_minibatches_are_what_happened(env_id, ends, sticky, chunk_length, monke
 
 
 def test_atari_episodes_are_whole_games_with_unclipped_returns(monkeypatch, tmp_path):
-    """A game of Breakout has five lives: five ends for the learner, who sees clipped rewards; one episode in the file."""
+    """A game of SpaceInvaders has three lives: three ends for the learner, who sees clipped rewards; one episode."""
     N, T, iterations = 4, 100, 12
     args = ppo_baseline.Args(
-        env_id="Breakout-v5", num_envs=N, num_steps=T, total_timesteps=N * T * iterations, chunk_length=100,
+        env_id="SpaceInvaders-v5", num_envs=N, num_steps=T, total_timesteps=N * T * iterations, chunk_length=100,
         num_minibatches=1, update_epochs=1, seed=5,
     )  # fmt: skip
     envs, losses, gaes = record(ppo_baseline, monkeypatch, tmp_path, args)
     _, _, rewards, terminated, truncated, dummy = envs.history()
     raw = np.array([info["reward"] for *_, info in envs.log])
     game_over = np.array([info["terminated"] for *_, info in envs.log]).astype(bool) | truncated
-    assert (raw[dummy] == 0).all() and raw.max() > 1  # some bricks are worth more than 1
+    assert (raw[dummy] == 0).all() and raw.max() > 1  # invaders are worth 5 and more
     expected = []
     for n in range(N):
         start = 0
         for s in np.flatnonzero(game_over[:, n]):
             game = slice(start, s + 1)
-            assert terminated[game, n].sum() == 5
+            assert terminated[game, n].sum() == 3
             expected.append(((s + 1) * N, raw[game, n].sum(), (~dummy[game, n]).sum()))
             start = s + 1
     assert len(expected) >= 4
