@@ -550,6 +550,15 @@ def describe_run(args: Args, device: torch.device, precision: str) -> dict:
     }
 
 
+def stop_run(writer: SummaryWriter, run_dir: Path, weights: dict[str, Tensor], step: int, terms: list[str]) -> None:
+    """End a run whose `terms` are not finite, keeping the weights from before that iteration. Raises SystemExit(1)."""
+    torch.save(weights, run_dir / "agent.pt")
+    writer.close()
+    print(f"\nerror: stopped at step {step}: not finite: {', '.join(terms)}", file=sys.stderr)
+    print(f"error: {run_dir / 'agent.pt'} has the weights from before this iteration", file=sys.stderr)
+    raise SystemExit(1)
+
+
 def train(args: Args) -> None:
     """One run, from the check of its arguments to its last line of output."""
     check_args(args)
@@ -595,6 +604,7 @@ def train(args: Args) -> None:
     recent_returns = deque(maxlen=100)
     obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device)
     done = np.zeros(N, dtype=bool)
+    global_step, start_weights = 0, agent.state_dict()
     start_time = time.time()
     progress = tqdm(total=num_iterations * T * N, unit=" steps", desc=run_dir.name, mininterval=1.0)
 
@@ -605,6 +615,8 @@ def train(args: Args) -> None:
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
+                if not log_probs[t].isfinite().all():  # after an update's last step, which no loss has checked
+                    stop_run(writer, run_dir, start_weights, global_step, ["log_probs"])
                 host_actions[t] = torch.multinomial(log_probs[t].exp(), num_samples=1).squeeze(-1)
 
             next_obs, reward, ended, truncated, info = envs.step(host_actions[t].numpy().astype(np.int32))
@@ -659,16 +671,10 @@ def train(args: Args) -> None:
         # ==== 10. Logging =============================================================================================
         table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); here the update waits for the device
         not_finite = ~table.isfinite()
-        finite_weights = torch.stack([weight.isfinite().all() for weight in agent.parameters()]).all()
-        if not_finite.any() or not finite_weights:  # the last step's weights have met no loss yet
-            first = not_finite[not_finite.any(-1)][:1].any(0)
-            terms = [name for name, bad in zip(stats, first, strict=True) if bad] or ["weights"]
-            torch.save(start_weights, run_dir / "agent.pt")
-            progress.close()
-            writer.close()
-            print(f"error: stopped at step {global_step}: not finite: {', '.join(terms)}", file=sys.stderr)
-            print(f"error: {run_dir / 'agent.pt'} has the weights from before this iteration", file=sys.stderr)
-            raise SystemExit(1)
+        if not_finite.any():
+            first = not_finite[not_finite.any(-1)][0]
+            terms = [name for name, bad in zip(stats, first, strict=True) if bad]
+            stop_run(writer, run_dir, start_weights, global_step, terms)
         metrics = dict(zip(stats, table.mean(0).tolist(), strict=True))
         last_epoch = dict(zip(stats, table[-args.num_minibatches :].unbind(-1), strict=True))
         metrics["spi/ratio_min"] = last_epoch["spi/ratio_min"].min().item()

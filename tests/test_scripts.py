@@ -169,10 +169,10 @@ def test_spectral_norms_are_1_after_training(runs, key, agent):
 
 
 @pytest.mark.parametrize(
-    "flags, step, term", [("", 32, "losses/policy_loss"), ("--num-minibatches 1 --update-epochs 1", 32, "weights")]
+    "flags, step, term", [("", 32, "losses/policy_loss"), ("--num-minibatches 1 --update-epochs 1", 32, "log_probs")]
 )
 def test_what_is_not_finite_stops_the_run(tmp_path, flags, step, term):
-    """A loss; or, when an iteration's last step spoils them, the weights."""
+    """A loss; or, when an iteration's last step spoils the weights, the policy they give."""
     command = f"{SMALL[ATARI]} {flags} --learning-rate 1e30 --seed 3 --device cpu --run-name run --runs-dir {tmp_path}"
     done = run_here(ATARI, command.split())
     assert done.returncode == 1
