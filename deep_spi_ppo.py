@@ -14,7 +14,7 @@ far those losses may move φ. That is the whole method:
     z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
     U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
 
-One set of defaults solves CartPole-v1, Acrobot-v1 (200,000 steps each) and LunarLander-v3 (1,000,000); see README.md.
+One set of defaults, with nothing but the number of steps to set: README.md has the results, seed by seed.
 Any EnvPool environment will do that has discrete actions and observes an array of floats or an integer.
 Diff me against `deep_spi_ppo_atari.py`, the same algorithm on pixels. With both coefficients 0 this is PPO.
 """
