@@ -95,6 +95,7 @@ def control_figure() -> None:
     for axis, (task, threshold) in zip(axes, THRESHOLDS.items(), strict=True):
         axis.set(title=f"{task}, {len(curves[task])} seeds", xlabel="environment steps")
         if not curves[task]:
+            axis.text(0.5, 0.5, "no run yet", transform=axis.transAxes, horizontalalignment="center")
             continue
         seeds = curves[task].values()
         steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
