@@ -31,6 +31,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ def check_env(env_id: str) -> int:
     known = envpool.list_all_envs()
     closest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0.4)) or "none; see envpool.list_all_envs()"
     check(env_id in known, "env_id", env_id, f"no such environment; closest: {closest}")
+    warnings.filterwarnings("ignore", ".*precision lowered by casting")  # EnvPool's own spaces set it off
     spec = envpool.make_spec(env_id)
     actions, observations = spec.action_space, spec.observation_space
     check(isinstance(actions, gym.spaces.Discrete), "env_id", env_id, f"actions must be discrete, not {actions}")

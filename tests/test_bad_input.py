@@ -49,10 +49,6 @@ if not torch.cuda.is_available():
     CASES["CUDA asked for and absent"] = (VECTOR, "--device cuda", ["--device", "cuda", "no CUDA"])
 
 
-# These go as far as EnvPool's description of the environment, so that its warnings would be seen on stderr.
-IN_A_PROCESS_OF_THEIR_OWN = ("existing folder", "continuous actions", "zero environments")
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A folder for runs in which one name is taken, beside a file that is in the way."""
@@ -89,6 +85,8 @@ def test_bad_input_is_refused_in_one_line(key, folder, monkeypatch, capsys):
     assert not list((folder / "runs" / "taken").iterdir())
 
 
+@pytest.mark.slow
 def test_bad_input_from_a_shell(folder):
-    for key, done in launch_all({key: command(key, folder) for key in IN_A_PROCESS_OF_THEIR_OWN}).items():
+    """Every case again as a user meets it: a process of its own, whose libraries may print what they like on stderr."""
+    for key, done in launch_all({key: command(key, folder) for key in CASES}).items():
         assert_refused(key, done.returncode, done.stdout, done.stderr)
