@@ -1,0 +1,1026 @@
+"""Confounding updates (talk of Delgrange, Avalos and Röpke, ICLR 2026): a gridworld where improvement can be watched.
+
+    python confounding_gridworld.py               # three methods, 3 seeds, one setting: 3 minutes on 2 cores
+    python confounding_gridworld.py --study       # the fixed grid of 300 runs: 1.5 to 2 hours on 2 cores; continues
+    python confounding_gridworld.py --summary     # the study's pictures and table again, from the CSV alone
+
+Two corridors look alike up to their last cell, '!'. UP at the top '!' is best, UP at the bottom '!' is a disaster. An
+agent sees pictures; if φ merges the two '!', an update that raises UP at one raises it at both. The MDP is known and
+small, so V^{π_n} of every policy on the way is exact, and each fall of it counts. Three agents with the same networks:
+
+    ppo       loss of the clipped objective min(r A, clip(r, 1 ± ε) A); R̄ and P̄ are not trained
+    additive  + α_R L_R + α_P L_P beside it (the placement of DeepMDP): no clip bounds how far they move φ
+    deep_spi  U = A - α_R ℓ_R - α_P ℓ_P in place of A: inside the clip (see `compute_loss`)
+
+    φ  encoder            R̄  reward_model        ℓ_R  reward_loss        α_R  reward_loss_coef
+    z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
+    U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
+
+Expect two CSV files, a table and three pictures in runs/confounding_gridworld. V(start) begins near 4.6, where π_b goes
+RIGHT, and climbs towards the optimum, 8.01, with falls on the way. Which method falls less is the question.
+The equations are those of `deep_spi_ppo.py`, word for word. The states are few: each is encoded once per update.
+"""
+# ==== 1. Imports ======================================================================================================
+
+import csv
+import importlib.metadata
+import math
+import multiprocessing
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# ==== 2. Arguments ====================================================================================================
+
+METHODS = {"ppo": "PPO", "additive": "additive", "deep_spi": "Deep SPI"}
+COLOURS = {"ppo": "#0072B2", "additive": "#E69F00", "deep_spi": "#009E73"}  # told apart by colour-blind eyes
+
+
+@dataclass
+class Args:
+    # ---- Experiment
+    seed: int = 1
+    """seed of the environments, the networks and every random draw; the first one, if there are several"""
+    num_seeds: int = 3
+    """runs of each method, with the seeds from `seed` on"""
+    method: Literal["all", "ppo", "additive", "deep_spi"] = "all"
+    """the agent to train, or all three from the same start"""
+    study: bool = False
+    """the fixed grid of 300 runs (GRID) in place of the settings below; runs that the CSV has are skipped"""
+    summary: bool = False
+    """no runs: only the pictures and the table, from the CSV"""
+    workers: int = 2
+    """runs side by side, one process and one torch thread each"""
+    out_dir: str | None = None
+    """folder of CSV, pictures and table (default: runs/confounding_gridworld; of the study: STUDY_DIR)"""
+
+    # ---- Environment
+    n_path: int = 5
+    """n, the column of the critical cells: the length of the two corridors"""
+    epsilon: float = 0.2
+    """probability of the bottom corridor"""
+    start: Literal["fresh", "confounded"] = "confounded"
+    """untrained networks, or networks fitted to a policy that hardly ever goes UP, and to its data"""
+    start_up: float = 0.03
+    """probability of UP under the confounded start's policy"""
+    total_timesteps: int = 60_000
+    """environment steps in all, rounded down to whole rollouts"""
+    num_envs: int = 128
+    """N, parallel environments: many, for the state coverage that the world model needs (talk: 128 x 8, not 8 x 128)"""
+    num_steps: int = 8
+    """T, steps of each environment per iteration"""
+
+    # ---- PPO
+    learning_rate: float = 1e-3
+    """Adam's step size, annealed linearly to 0 (published: 2.5e-4)"""
+    gamma: float = 0.99
+    """γ, discount factor"""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches per epoch"""
+    update_epochs: int = 4
+    """passes over the rollout per iteration"""
+    clip_coef: float = 0.2
+    """ε of the clip; the neighbourhood's C is 1 + ε (published: 0.1)"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient, over all parameters together"""
+
+    # ---- Deep SPI
+    latent_dim: int = 1
+    """D, dimensions of z: narrow, so that φ has to choose which states to merge (Atari's 3136 tell them all apart)"""
+    reward_loss_coef: float = 0.01
+    """α_R, weight of the reward loss"""
+    transition_loss_coef: float = 0.0005
+    """α_P, weight of the transition loss"""
+
+    @property
+    def loss_placement(self) -> str:
+        """Where the world model's losses go: into the utility, under the clip, or beside the clipped loss."""
+        return "additive" if self.method == "additive" else "utility"
+
+
+# What one run depends on; the rest of Args says which runs to make, and where to put them.
+SETTINGS = [
+    field.name for field in fields(Args) if field.name not in ("num_seeds", "study", "summary", "workers", "out_dir")
+]
+
+# The study, fixed before it was run: 10 settings x 3 methods x 10 seeds. One centre, where a first look had a hint of
+# an effect, and one thing changed at a time, to find what the effect needs; the fresh start at every step size, since
+# ordinary random starts had shown none.
+STUDY_DIR, STUDY_SEEDS = "benchmark/results/confounding", range(1, 11)
+CENTRE = {"start": "confounded", "latent_dim": 1, "learning_rate": 1e-3, "clip_coef": 0.2, "n_path": 5, "epsilon": 0.2}
+PUBLISHED_STEP = {"learning_rate": 2.5e-4, "clip_coef": 0.1}
+LARGEST_STEP = {"learning_rate": 2.5e-3, "clip_coef": 0.4}
+GRID = [
+    CENTRE,
+    CENTRE | PUBLISHED_STEP,
+    CENTRE | LARGEST_STEP,
+    CENTRE | {"latent_dim": 2},
+    CENTRE | {"latent_dim": 4},
+    CENTRE | {"latent_dim": 8},
+    CENTRE | {"n_path": 10, "epsilon": 0.1},  # the harder corridor
+    CENTRE | {"start": "fresh"},
+    CENTRE | {"start": "fresh"} | PUBLISHED_STEP,
+    CENTRE | {"start": "fresh"} | LARGEST_STEP,
+]
+
+
+def check(allowed: bool, flag: str, given: object, rule: str) -> None:
+    """Refuse a bad argument in one line, before anything is built; exit code 2, like every usage error."""
+    if not allowed:
+        print(f"error: --{flag.replace('_', '-')}: got {given!r}; {rule}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def check_args(args: Args) -> None:
+    """Refuse settings that cannot work. Raises SystemExit(2) after one line on stderr."""
+    given = vars(args)
+    for name in ("num_seeds", "workers", "num_envs", "num_steps", "num_minibatches", "update_epochs"):
+        check(given[name] >= 1, name, given[name], "must be at least 1")
+    check(0 <= args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "must lie in [0, 1]")
+    check(0 < args.gamma < 1, "gamma", args.gamma, "must lie in (0, 1): a policy may stand still for ever")
+    for name in ("ent_coef", "vf_coef", "reward_loss_coef", "transition_loss_coef"):
+        check(0 <= given[name] < math.inf, name, given[name], "must be finite and not negative")
+    for name in ("learning_rate", "max_grad_norm"):
+        check(0 < given[name] < math.inf, name, given[name], "must be finite and positive")
+    check(0 < args.clip_coef < 1, "clip_coef", args.clip_coef, "must lie in (0, 1), so that 1 < C < 2")
+    check(0 <= args.seed < 2**32 - args.num_seeds, "seed", args.seed, "must lie in [0, 2^32)")
+    rule = "must lie in [2, 81]: at 1 the state F would lie on '@', and a picture has 84 columns for n_path + 3 cells"
+    check(2 <= args.n_path <= 81, "n_path", args.n_path, rule)
+    check(0 < args.epsilon < 1, "epsilon", args.epsilon, "must lie in (0, 1)")
+    check(0 < args.start_up <= 0.5, "start_up", args.start_up, "must lie in (0, 0.5]")
+    check(1 <= args.latent_dim <= 512, "latent_dim", args.latent_dim, "must lie in [1, 512]")
+    batch_size = args.num_envs * args.num_steps
+    rule = f"must be at least one rollout, num_envs x num_steps = {batch_size}"
+    check(args.total_timesteps >= batch_size, "total_timesteps", args.total_timesteps, rule)
+    rule = f"must divide the rollout's {batch_size} steps (num_envs x num_steps)"
+    check(batch_size % args.num_minibatches == 0, "num_minibatches", args.num_minibatches, rule)
+    check(not (args.study and args.summary), "summary", args.summary, "the study ends with its summary anyway")
+    for name in SETTINGS:
+        given_with_study = args.study and given[name] != getattr(Args, name)
+        check(not given_with_study, name, given[name], "leave it out: the settings of the study are fixed, in GRID")
+
+
+# ==== 3. Environment ==================================================================================================
+# S states, numbered row by row over the cells that are not walls; A = 4 actions.
+
+UP, DOWN, LEFT, RIGHT = range(4)
+TIME_LIMIT = 200
+INTENSITY = {"#": 50, ">": 100, "!": 100, "I": 120, "@": 180, "W": 200, "G": 220, "F": 220, "agent": 255}
+
+
+class Gridworld(NamedTuple):
+    """The exact MDP, and what the agent sees of it."""
+
+    P: np.ndarray  # (S, A, S)
+    R: np.ndarray  # (S, A)
+    coords: np.ndarray  # (S, 2) row and column
+    symbols: np.ndarray  # (S,)
+    is_terminal: np.ndarray  # (S,)
+    start: int
+    critical: tuple[int, int]  # top '!', bottom '!'
+    intensity: np.ndarray  # (5, n_path + 3) uint8
+    pictures: np.ndarray  # (S, 1, 84, 84) uint8
+
+
+def make_gridworld(n_path: int, epsilon: float, gamma: float) -> Gridworld:
+    """The two corridors of length n = n_path.
+
+    From I, RIGHT leads to '@'; from there any action to the top corridor with 1-ε, else to the bottom one. RIGHT moves
+    on for a reward of 1, at '!' to the end W. UP at '!' ends too: at the top in G for n/γⁿ, more than the whole
+    corridor's worth; at the bottom in F for -(2-ε)n/(εγⁿ), so that UP at both costs all that RIGHT would bring and
+    more. Every other action stays, for 0. Terminal states lead to themselves.
+    """
+    n = n_path
+    cells = np.full((5, n + 3), "#")
+    cells[2, :2] = "I", "@"
+    cells[[1, 3], 1:n] = ">"
+    cells[[1, 3], n], cells[[1, 3], n + 1] = "!", "W"
+    cells[0, n], cells[2, n] = "G", "F"
+    coords = np.argwhere(cells != "#")
+    symbols = cells[tuple(coords.T)]
+    is_terminal = np.isin(symbols, ("W", "G", "F"))
+    number = {tuple(cell): s for s, cell in enumerate(coords.tolist())}
+
+    S = len(coords)
+    P = np.tile(np.eye(S)[:, None], (1, 4, 1))  # every action stays
+    R = np.zeros((S, 4))
+
+    def move(s: int, action: int, arrival: tuple[int, int], reward: float) -> None:
+        P[s, action], R[s, action] = np.eye(S)[number[arrival]], reward
+
+    move(number[2, 0], RIGHT, (2, 1), 0.0)
+    P[number[2, 1]] = (1 - epsilon) * np.eye(S)[number[1, 1]] + epsilon * np.eye(S)[number[3, 1]]
+    for row in (1, 3):
+        for column in range(1, n + 1):
+            move(number[row, column], RIGHT, (row, column + 1), 1.0)
+    move(number[1, n], UP, (0, n), n / gamma**n)
+    move(number[3, n], UP, (2, n), -(2 - epsilon) * n / (epsilon * gamma**n))
+
+    intensity = np.vectorize(INTENSITY.get)(cells).astype(np.uint8)
+    grids = np.tile(intensity, (S, 1, 1))
+    grids[range(S), *coords.T] = INTENSITY["agent"]
+    rows, columns = (((np.arange(84) + 0.5) * size / 84).astype(int) for size in cells.shape)  # the cell at a pixel
+    pictures = grids[:, rows[:, None], columns][:, None]
+    critical = (number[1, n], number[3, n])
+    return Gridworld(P, R, coords, symbols, is_terminal, number[2, 0], critical, intensity, pictures)
+
+
+class VectorEnv:
+    """N gridworlds side by side. As in EnvPool, an ended episode shows its last state, and the next step resets it."""
+
+    def __init__(self, world: Gridworld, num_envs: int, rng: np.random.Generator):
+        self.world, self.rng = world, rng
+        self.cumulative = world.P.cumsum(-1)
+        self.states = np.full(num_envs, world.start)
+        self.lengths = np.zeros(num_envs, dtype=int)
+        self.done = np.zeros(num_envs, dtype=bool)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Next states, rewards, terminated and truncated, each (N,). Where an episode is over, all but a reset is 0."""
+        reset, before = self.done, self.states
+        draw = self.rng.random(len(actions))[:, None] * self.cumulative[before, actions, -1:]
+        after = (draw >= self.cumulative[before, actions]).sum(-1)
+        self.states = np.where(reset, self.world.start, after)
+        self.lengths = np.where(reset, 0, self.lengths + 1)
+        rewards = np.where(reset, 0.0, self.world.R[before, actions])
+        terminated = self.world.is_terminal[self.states]
+        truncated = (self.lengths >= TIME_LIMIT) & ~terminated
+        self.done = terminated | truncated
+        return self.states, rewards, terminated, truncated
+
+
+def value(P: np.ndarray, R: np.ndarray, pi: np.ndarray, gamma: float) -> np.ndarray:
+    """V^π = (I - γ P_π)^-1 R_π, shape (..., S), by one linear solve."""
+    P_pi = np.einsum("...sa,...sat->...st", pi, P)
+    return np.linalg.solve(np.eye(P.shape[-1]) - gamma * P_pi, (pi * R).sum(-1)[..., None])[..., 0]
+
+
+def state_visits(world: Gridworld, pi: np.ndarray, gamma: float) -> np.ndarray:
+    """Share of an episode's discounted steps that π spends in each state, (S,); 0 in the terminal states."""
+    P_pi = np.einsum("sa,sat->st", pi, world.P)
+    visits = np.linalg.solve(np.eye(len(P_pi)) - gamma * P_pi.T, np.eye(len(P_pi))[world.start]) * ~world.is_terminal
+    return visits / visits.sum()
+
+
+# ==== 4. Networks =====================================================================================================
+# B rows, A actions, D latent dimensions. φ, actor and critic are Atari's, on one frame in place of four; φ ends in a
+# linear bottleneck. The world model has the sizes of `deep_spi_ppo.py`.
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights of gain `std`, zero biases."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_sort(x: Tensor) -> Tensor:
+    """GroupSort(2): sort neighbouring pairs of the last dimension, ascending. Gradient norm 1 where ReLU's may be 0."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((torch.minimum(first, second), torch.maximum(first, second)), dim=-1).flatten(-2)
+
+
+def exact_spectral_norm(matrix: Tensor) -> Tensor:
+    """Largest singular value σ of each matrix (G, m, n), to float32 precision; shape (G,).
+
+    Power iteration on the smaller Gram matrix, 2^12 steps of it by squaring 12 times: no state between calls, and no
+    eigensolver, which would make CUDA wait. With u, v held fixed, σ = uᵀWv has the gradient uvᵀ, which is that of σ.
+    """
+    tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
+    with torch.no_grad():
+        power = tall.mT @ tall
+        for _ in range(6):  # a norm after every second squaring keeps float32 from underflowing
+            power = power / torch.linalg.matrix_norm(power, keepdim=True)
+            power = power @ power
+            power = power @ power
+        largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]  # a column surely not orthogonal to v
+        v = F.normalize(power.take_along_dim(largest, dim=-1), dim=-2)
+        u = F.normalize(tall @ v, dim=-2)
+    return (u * (tall @ v)).sum((-2, -1))
+
+
+class SpectralLinear(nn.Linear):
+    """A linear layer of spectral norm 1, so 1-Lipschitz: W/σ and a bias. LeCun-normal weights, zero biases."""
+
+    def __init__(self, inputs: int, outputs: int, generator: torch.Generator):
+        nn.Module.__init__(self)  # without Linear's own initialisation, which would draw from the common stream
+        std = math.sqrt(1 / inputs) / 0.87962566  # LeCun normal: the divisor makes up for the tails cut at 2 std
+        weight = nn.init.trunc_normal_(
+            torch.empty(outputs, inputs), std=std, a=-2 * std, b=2 * std, generator=generator
+        )
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs) → (B, outputs)."""
+        return F.linear(x, self.weight / exact_spectral_norm(self.weight[None]), self.bias)
+
+
+class RewardModel(nn.Module):
+    """R̄(z, a): a 1-Lipschitz network with one output per action."""
+
+    def __init__(self, latent_dim: int, num_actions: int, generator: torch.Generator):
+        super().__init__()
+        self.hidden1 = SpectralLinear(latent_dim, 64, generator)
+        self.hidden2 = SpectralLinear(64, 64, generator)
+        self.output = SpectralLinear(64, num_actions, generator)
+
+    def forward(self, z: Tensor, actions: Tensor) -> Tensor:
+        """Predicted reward (B,) of latents z (B, D) and actions (B,)."""
+        x = group_sort(self.hidden2(group_sort(self.hidden1(z))))
+        return self.output(x).gather(-1, actions[:, None]).squeeze(-1)
+
+
+class TransitionModel(nn.Module):
+    """P̄(·|z, a): a mixture of K = 5 diagonal normals over the next latent, from Lipschitz networks."""
+
+    def __init__(self, latent_dim: int, num_actions: int, generator: torch.Generator):
+        super().__init__()
+        self.shape = (latent_dim, 5, 2, num_actions)  # latent dimensions, K components, [loc, scale], actions
+        self.hidden = SpectralLinear(latent_dim, 64, generator)
+        self.components = SpectralLinear(64, math.prod(self.shape), generator)
+        self.mixture = SpectralLinear(64, 5 * num_actions, generator)
+
+    def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
+        """One reparameterised sample z̄' of P̄(·|z, a), shape (B, D).
+
+        `noise` is standard normal, (B, D, K); z̄' = Σ_k w_k (loc_k + scale_k clip(noise_k, -1, 1)):
+        the published sample averages over the components, where a mixture's own would draw one of them.
+        """
+        hidden = group_sort(self.hidden(z))
+        rows = torch.arange(len(z))
+        loc, scale = self.components(hidden).unflatten(-1, self.shape)[rows, ..., actions].unbind(-1)  # (B, D, K)
+        weights = self.mixture(hidden).unflatten(-1, (5, -1))[rows, :, actions].softmax(-1)  # (B, K)
+        samples = 0.5 * loc + 0.5 * (F.softplus(scale) + 1e-6) * noise.clamp(-1, 1)
+        return (samples @ weights[:, :, None]).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """π = π̄∘φ and its critic, with the world model (R̄, P̄) that reads the same latent."""
+
+    def __init__(self, num_actions: int, latent_dim: int, generator: torch.Generator):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            layer_init(nn.Conv2d(1, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(7 * 7 * 64, latent_dim), std=1.0),
+        )
+        self.reward_model = RewardModel(latent_dim, num_actions, generator)
+        self.transition_model = TransitionModel(latent_dim, num_actions, generator)
+        self.fc = layer_init(nn.Linear(latent_dim, 512))
+        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
+        self.critic = layer_init(nn.Linear(512, 1), std=1.0)
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """z = φ(s), (B, D), of pictures (B, 1, 84, 84) uint8."""
+        return self.encoder(obs.to(self.fc.weight.dtype) / 255)
+
+    def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, A) of every action, and the value (B,), of latents z."""
+        hidden = F.relu(self.fc(z))
+        return self.actor(hidden).log_softmax(-1), self.critic(hidden).squeeze(-1)
+
+
+# ==== 5. Equations ====================================================================================================
+# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, r, s'). Where s is already the
+# end of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
+
+
+class Minibatch(NamedTuple):
+    """M transitions: what `compute_loss` needs beside the latents. A whole rollout has (T, N) in place of (M,)."""
+
+    actions: Tensor  # (M,) int64
+    rewards: Tensor  # (M,) clipped or scaled: those the advantages are made of
+    old_log_probs: Tensor  # (M, A) ln π_old of every action
+    advantages: Tensor  # (M,)
+    returns: Tensor  # (M,) the value function's target
+    mask: Tensor  # (M,) 1 real, 0 dummy
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns, both (T, N) (Schulman et al., 2016, eq. 16).
+
+    rewards (T, N); values (T+1, N) of obs[0..T]; terminated (T, N): step t ended in a terminal state, of value 0;
+    dones (T+1, N): obs[t] is an episode's last, so dones[t+1] cuts the sum over step t's successors. A truncated step
+    has dones[t+1] but not terminated[t]: it is bootstrapped with the value of its true last observation.
+    """
+    assert values.shape == dones.shape == (len(rewards) + 1, *rewards.shape[1:]) and terminated.shape == rewards.shape
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # (T, N)
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantage = deltas[t] + gamma * gae_lambda * ~dones[t + 1] * advantage
+        advantages[t] = advantage
+    return advantages, advantages + values[:-1]
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (M,) over the rows whose mask (M,) is 1; 0 if there are none."""
+    assert x.shape == mask.shape
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and (population) standard deviation 1 over the real rows of the minibatch."""
+    centred = advantages - masked_mean(advantages, mask)
+    return centred / (masked_mean(centred.square(), mask).sqrt() + 1e-8)
+
+
+def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
+    """ℓ_R(s,a) = |r - R̄(φ(s),a)|, as smooth-L1, per transition: (M,)."""
+    return F.smooth_l1_loss(predicted_rewards, rewards, reduction="none")
+
+
+def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
+    """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
+
+    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ is the published choice. z' is not
+    detached: φ too is to make the next latent predictable.
+    """
+    return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").flatten(1).sum(-1)
+
+
+def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tensor:
+    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r and through U."""
+    return torch.min(ratio * utility, ratio.clamp(1 - clip_coef, 1 + clip_coef) * utility)
+
+
+def compute_loss(
+    agent: Agent,
+    batch: Minibatch,
+    z: Tensor,
+    next_z: Tensor | None,
+    host_actions: Tensor,
+    noise: Tensor | None,
+    args: Args,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a minibatch, and what of it is logged, as scalars.
+
+    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; host_actions: the actions in host memory; noise:
+    see `TransitionModel.forward`. Without next_z the world model is not run, and this is PPO.
+    """
+    log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
+    log_ratios = log_probs - batch.old_log_probs  # (M, A)
+    log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
+    ratio = log_ratio.exp()
+
+    advantages = normalize(batch.advantages, batch.mask)  # first this, then the losses are subtracted as they are
+    utility, additive_loss, world_model_stats = advantages, 0.0, {}
+    if next_z is not None:
+        l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
+        l_p = transition_loss(agent.transition_model(z, host_actions, noise), next_z)  # (M,)
+        penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
+        if args.loss_placement == "utility":
+            utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
+        else:
+            additive_loss = masked_mean(penalty, batch.mask)  # "Let's just add L_R, L_P to the loss? No, we can't!"
+        world_model_stats = {
+            "world_model/reward_loss": masked_mean(l_r, batch.mask),
+            "world_model/transition_loss": masked_mean(l_p, batch.mask),
+            "spi/utility_mean": masked_mean(utility, batch.mask),
+            "spi/penalty_mean": masked_mean(penalty, batch.mask),
+        }
+
+    policy_loss = -masked_mean(clipped_objective(ratio, utility, args.clip_coef), batch.mask)
+    value_loss = 0.5 * masked_mean((values - batch.returns).square(), batch.mask)
+    entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss + additive_loss
+
+    ratios = log_ratios.exp()
+    inside = (ratios <= 1 + args.clip_coef) & (ratios >= 1 - args.clip_coef)  # N^C with C = 1 + ε
+    real_ratios = torch.where(batch.mask[:, None] > 0, ratios, 1.0)
+    stats = {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/approx_kl": masked_mean(ratio - 1 - log_ratio, batch.mask),
+        "losses/clipfrac": masked_mean(((ratio - 1).abs() > args.clip_coef).float(), batch.mask),
+        **world_model_stats,
+        "spi/ratio_min": real_ratios.min(),
+        "spi/ratio_max": real_ratios.max(),
+        "spi/outside_neighbourhood": 1 - masked_mean(inside.float().mean(-1), batch.mask),
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def total_decrease(V: np.ndarray) -> float:
+    """Σ_n max(0, V_n - V_{n+1}) of values V (iterations + 1,): 0 if and only if every update was an improvement."""
+    return np.maximum(0, V[:-1] - V[1:]).sum()
+
+
+def largest_drawdown(V: np.ndarray) -> float:
+    """max over n < m of V_n - V_m, or 0 if V never falls: how far a user may be thrown back."""
+    return (np.maximum.accumulate(V) - V).max()
+
+
+def outside_neighbourhood(log_pi: Tensor, new_log_pi: Tensor, clip_coef: float) -> np.ndarray:
+    """Share of the A ratios π_{n+1}(a|s)/π_n(a|s) that an iteration moved out of N^C, C = 1 + ε, by state: (S,)."""
+    ratios = (new_log_pi - log_pi).double().exp()
+    return ((ratios > 1 + clip_coef) | (ratios < 1 - clip_coef)).double().mean(-1).numpy()
+
+
+def critical_distance(z: Tensor, world: Gridworld) -> tuple[float, float]:
+    """|φ(top '!') - φ(bottom '!')|, and the same over the mean distance of two states that are not terminal."""
+    top, bottom = world.critical
+    distance = (z[top] - z[bottom]).norm().item()
+    return distance, distance / F.pdist(z[~torch.from_numpy(world.is_terminal)]).mean().item()
+
+
+# ==== 6. Setup ========================================================================================================
+
+
+FIT_STEPS = 300
+
+
+def start_policy(args: Args, num_states: int) -> np.ndarray:
+    """π_b of the confounded start, (S, A): UP with `start_up`, DOWN and LEFT with 0.001, else RIGHT, everywhere."""
+    return np.tile([args.start_up, 0.001, 0.001, 0.998 - args.start_up], (num_states, 1))
+
+
+def fit_to_start_policy(agent: Agent, world: Gridworld, args: Args, noise_rng: torch.Generator) -> None:
+    """Train φ, actor, critic, R̄ and P̄ on the data of π_b, each (s, a, s') with its exact probability.
+
+    What π_b hardly ever does hardly ever counts: nothing but the rare UP tells φ to keep the two critical states apart.
+    No method has a part in this, so that all three start from the same weights. π_b is the same in all states, so the
+    actor's biases begin at ln π_b; its cross-entropy keeps the policy there while φ moves.
+    """
+    pi_b = start_policy(args, len(world.P))
+    V_b = torch.from_numpy(value(world.P, world.R, pi_b, args.gamma)).float()
+    visits = state_visits(world, pi_b, args.gamma)
+    s, a, next_s = np.nonzero(world.P * visits[:, None, None])
+    weights = torch.from_numpy(visits[s] * pi_b[s, a] * world.P[s, a, next_s]).float()
+    rewards = torch.from_numpy(world.R[s, a]).float()
+    s, a, next_s = torch.from_numpy(s), torch.from_numpy(a), torch.from_numpy(next_s)
+    visits, pi_b = torch.from_numpy(visits).float(), torch.from_numpy(pi_b).float()
+    pictures = torch.from_numpy(world.pictures)
+    agent.actor.bias.data = pi_b[0].log()
+    optimizer = torch.optim.Adam(agent.parameters(), lr=2e-3, eps=1e-5, fused=True)
+    for step in range(FIT_STEPS):
+        optimizer.param_groups[0]["lr"] = (1 - step / FIT_STEPS) * 2e-3
+        z = agent.encode(pictures)
+        log_probs, values = agent.policy_and_value(z)
+        noise = torch.randn((len(s), args.latent_dim, 5), generator=noise_rng)
+        l_r = reward_loss(agent.reward_model(z[s], a), rewards)
+        l_p = transition_loss(agent.transition_model(z[s], a, noise), z[next_s])
+        cross_entropy = -(visits * (pi_b * log_probs).sum(-1)).sum()
+        value_loss = 0.5 * (visits * (values - V_b).square()).sum()
+        optimizer.zero_grad()
+        (cross_entropy + value_loss + (weights * (l_r + l_p)).sum()).backward()
+        optimizer.step()
+    _, log_pi, state_values = evaluate(agent, pictures)
+    policy_error = ((log_pi.exp() - pi_b).abs() * (visits > 0)[:, None]).max().item()
+    spread = (visits * (V_b - (visits * V_b).sum()).square()).sum()
+    unexplained = ((visits * (state_values - V_b).square()).sum() / spread).item()
+    if not (policy_error < 0.02 and unexplained < 0.25):
+        errors = f"largest error of the policy {policy_error:.3f}, share of V's variance unexplained {unexplained:.2f}"
+        raise RunFailed(f"{FIT_STEPS} steps did not fit the start policy: {errors}")
+
+
+class RunFailed(Exception):
+    """A run that cannot go on; its message is the one line to print."""
+
+
+def make_agent(args: Args, world: Gridworld) -> tuple[Agent, torch.Generator]:
+    """The agent at the start of a run, the same for every method, and the stream of its world model's noise."""
+    torch.manual_seed(args.seed)
+    # The world model draws from generators of its own, so that the rest of the agent is PPO's to the last bit.
+    init_seed, noise_seed = np.random.SeedSequence([args.seed, 1]).generate_state(2).tolist()
+    agent = Agent(world.R.shape[1], args.latent_dim, torch.Generator().manual_seed(init_seed))
+    noise_rng = torch.Generator().manual_seed(noise_seed)
+    if args.start == "confounded":
+        fit_to_start_policy(agent, world, args, noise_rng)
+    return agent, noise_rng
+
+
+def encode_once(agent: Agent, pictures: Tensor, *states: Tensor) -> list[Tensor]:
+    """φ of each batch of states (M,): the S distinct pictures are encoded once, and every row takes its state's z."""
+    all_z = agent.encode(pictures)  # (S, D)
+    return [all_z[s] for s in states]
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z (S, D), ln π(a|s) (S, A) and the critic's value (S,) of every state. Raises RunFailed if π is not finite."""
+    z = agent.encode(pictures)
+    log_pi, state_values = agent.policy_and_value(z)
+    if not log_pi.isfinite().all():
+        raise RunFailed("the policy is not finite")
+    return z, log_pi, state_values
+
+
+def train(args: Args) -> tuple[dict[str, float], np.ndarray]:
+    """One run: its metrics, and the exact V^{π_n} before and after every iteration, (iterations + 1, S)."""
+    start_time = time.perf_counter()
+    T, N = args.num_steps, args.num_envs
+    num_iterations = args.total_timesteps // (T * N)
+    run_world_model = args.method != "ppo" and (args.reward_loss_coef > 0 or args.transition_loss_coef > 0)
+
+    world = make_gridworld(args.n_path, args.epsilon, args.gamma)  # its rewards are learned from as they are
+    agent, noise_rng = make_agent(args, world)
+    envs = VectorEnv(world, N, np.random.default_rng([args.seed, 2]))
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+
+    pictures = torch.from_numpy(world.pictures)
+    states = torch.full((T + 1, N), world.start)
+    actions = torch.zeros((T, N), dtype=torch.int64)
+    rewards = torch.zeros((T, N))
+    terminated = torch.zeros((T, N), dtype=torch.bool)
+    dones = torch.zeros((T + 1, N), dtype=torch.bool)  # states[t] is the last of an episode
+
+    z, log_pi, state_values = evaluate(agent, pictures)
+    distances = [critical_distance(z, world)]
+    V = [value(world.P, world.R, log_pi.double().exp().numpy(), args.gamma)]
+    outside, outside_visited = [], []
+
+    for iteration in range(num_iterations):
+        # ==== 7. Rollout ==============================================================================================
+        optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
+        states[0], dones[0] = states[T], dones[T]
+        for t in range(T):
+            actions[t] = torch.multinomial(log_pi.exp()[states[t]], num_samples=1).squeeze(-1)
+            next_states, reward, ended, truncated = envs.step(actions[t].numpy())
+            states[t + 1] = torch.from_numpy(next_states)  # the true s', even where an episode ends
+            rewards[t] = torch.from_numpy(reward)
+            terminated[t] = torch.from_numpy(ended)  # not by the time limit
+            dones[t + 1] = torch.from_numpy(ended | truncated)
+
+        # ==== 8. Advantages ===========================================================================================
+        mask = (~dones[:T]).float()  # (T, N)
+        values = state_values[states]  # (T + 1, N)
+        advantages, returns = compute_gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)
+        rollout = Minibatch(actions, rewards, log_pi[states[:T]], advantages, returns, mask)
+
+        # ==== 9. Update ===============================================================================================
+        minibatch_stats = []
+        for _ in range(args.update_epochs):
+            for rows in torch.randperm(T * N).chunk(args.num_minibatches):
+                t, n = rows // N, rows % N
+                batch = Minibatch(*(x[t, n] for x in rollout))
+                z, next_z = encode_once(agent, pictures, states[t, n], states[t + 1, n])
+                noise = torch.randn((*z.shape, 5), generator=noise_rng) if run_world_model else None
+                next_z = next_z if run_world_model else None
+                loss, stats = compute_loss(agent, batch, z, next_z, batch.actions, noise, args)
+                optimizer.zero_grad()
+                loss.backward()
+                stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                minibatch_stats.append(torch.stack(list(stats.values())))
+
+        # ==== 10. Logging =============================================================================================
+        finite = torch.stack(minibatch_stats).isfinite().all(0)
+        if not finite.all():
+            terms = ", ".join(name for name, fine in zip(stats, finite, strict=True) if not fine)
+            raise RunFailed(f"stopped at step {(iteration + 1) * T * N}: not finite: {terms}")
+        old_log_pi = log_pi
+        z, log_pi, state_values = evaluate(agent, pictures)
+        V.append(value(world.P, world.R, log_pi.double().exp().numpy(), args.gamma))
+        shares = outside_neighbourhood(old_log_pi, log_pi, args.clip_coef)
+        outside.append(shares.mean())
+        outside_visited.append(shares @ state_visits(world, old_log_pi.double().exp().numpy(), args.gamma))
+
+    V = np.stack(V)
+    V_start = V[:, world.start]
+    distances.append(critical_distance(z, world))
+    metrics = {
+        "total_decrease": total_decrease(V_start),
+        "largest_drawdown": largest_drawdown(V_start),
+        "start_value": V_start[0],
+        "final_value": V_start[-1],
+        "outside_neighbourhood": np.mean(outside),  # of all states and actions
+        "outside_visited": np.mean(outside_visited),  # weighted by the discounted visits of π_n
+        "distance_start": distances[0][0],
+        "distance_end": distances[1][0],
+        "relative_distance_start": distances[0][1],
+        "relative_distance_end": distances[1][1],
+        "seconds": time.perf_counter() - start_time,
+    }
+    return {name: float(number) for name, number in metrics.items()}, V
+
+
+# ==== 11. Runs and their tables =======================================================================================
+# runs.csv has a line per finished run: settings, metrics, provenance. curves.csv has its V(start), thinned.
+
+METRICS = {  # columns of the summary
+    "total_decrease": "total decrease",
+    "largest_drawdown": "largest drawdown",
+    "final_value": "final V",
+    "outside_neighbourhood": "outside N^C",
+    "relative_distance_end": "critical distance",
+}
+NUMBERS = [
+    *("total_decrease", "largest_drawdown", "start_value", "final_value", "outside_neighbourhood", "outside_visited"),
+    *("distance_start", "distance_end", "relative_distance_start", "relative_distance_end", "seconds"),
+]
+RUN_COLUMNS = [*SETTINGS, *NUMBERS, "versions", "git_commit"]
+CURVE_COLUMNS = [*SETTINGS, "steps", "V_start"]
+
+
+def provenance() -> dict[str, str]:
+    """Versions and commit, "<commit>-dirty" if the working tree has changes."""
+    folder = shlex.quote(str(Path(__file__).parent))
+    git = f"git -C {folder} describe --always --abbrev=40 --exclude '*' --dirty"
+    status, commit = subprocess.getstatusoutput(git)
+    versions = {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in ("torch", "numpy")
+    }
+    text = " ".join(f"{name}={version}" for name, version in versions.items())
+    return {"versions": text, "git_commit": commit if status == 0 else ""}
+
+
+def run_key(run: dict) -> tuple[str, ...]:
+    """What tells a run from all others: its settings, as CSV text."""
+    return tuple(str(run[name]) for name in SETTINGS)
+
+
+def append_row(path: Path, columns: list[str], row: dict) -> None:
+    """Add a line to a CSV file; the header too, if the file is new."""
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def read_table(path: Path, columns: list[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file, none if there is no file. Raises SystemExit(2) if it is not one of ours, or damaged."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    fine = reader.fieldnames == columns
+    check(fine, "out_dir", str(path.parent), f"{path.name} must have the columns {','.join(columns)}")
+    for line, row in enumerate(rows, start=2):
+        whole = None not in row and None not in row.values()
+        check(whole, "out_dir", str(path.parent), f"{path.name} must be whole, but row {line} is not: delete that line")
+    return rows
+
+
+def read_runs(out_dir: Path) -> list[dict]:
+    """The finished runs, each once, with metrics as numbers and its curve as arrays `steps` and `V_start`."""
+    runs = {run_key(row): row for row in read_table(out_dir / "runs.csv", RUN_COLUMNS)}
+    curves = {run_key(row): row for row in read_table(out_dir / "curves.csv", CURVE_COLUMNS)}
+    for key, run in runs.items():
+        name = " ".join(key)
+        check(key in curves, "out_dir", str(out_dir), f"curves.csv must have every run of runs.csv, but lacks {name}")
+        try:
+            run.update({number: float(run[number]) for number in NUMBERS})
+            run.update({column: np.array(curves[key][column].split(), float) for column in ("steps", "V_start")})
+            iteration = int(run["num_envs"]) * int(run["num_steps"])
+            whole = run["steps"][-1] == int(run["total_timesteps"]) // iteration * iteration
+        except (ValueError, IndexError) as error:
+            check(False, "out_dir", str(out_dir), f"the tables must hold numbers, but of {name}: {error}")
+        check(whole and len(run["steps"]) == len(run["V_start"]), "out_dir", str(out_dir), f"a curve is short: {name}")
+    return list(runs.values())
+
+
+def save_run(out_dir: Path, args: Args, metrics: dict[str, float], V: np.ndarray) -> None:
+    """Append a finished run to the tables; its curve first, so that an interrupted run is not taken for finished."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    V_start = V[:, make_gridworld(args.n_path, args.epsilon, args.gamma).start]
+    kept = np.linspace(0, len(V) - 1, min(len(V), 100)).round().astype(int)
+    texts = {
+        "steps": " ".join(str(n * args.num_envs * args.num_steps) for n in kept),
+        "V_start": " ".join(f"{V_start[n]:.4f}" for n in kept),
+    }
+    append_row(out_dir / "curves.csv", CURVE_COLUMNS, settings | texts)
+    numbers = {name: f"{number:.6g}" for name, number in metrics.items()}
+    append_row(out_dir / "runs.csv", RUN_COLUMNS, settings | numbers | provenance())
+
+
+def planned_runs(args: Args) -> list[Args]:
+    """The runs asked for, seed by seed, so that an unfinished study has all settings with equally many seeds."""
+    grid, seeds, methods = [{}], range(args.seed, args.seed + args.num_seeds), [args.method]
+    if args.study:
+        grid, seeds = GRID, STUDY_SEEDS
+    if args.method == "all":
+        methods = METHODS
+    return [replace(args, seed=seed, method=method, **cell) for seed in seeds for cell in grid for method in methods]
+
+
+def train_or_fail(args: Args) -> tuple[dict[str, float], np.ndarray] | RunFailed:
+    """What `train` gives, or why it gave nothing: one run that fails does not end the others."""
+    try:
+        return train(args)
+    except RunFailed as error:
+        return error
+
+
+def results(runs: list[Args], workers: int) -> Iterator[tuple[Args, tuple | RunFailed]]:
+    """Each run with its result, as they come: here, or in `workers` processes of one torch thread each."""
+    if workers == 1:
+        yield from ((run, train_or_fail(run)) for run in runs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(train_or_fail, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def make_runs(runs: list[Args], out_dir: Path, workers: int) -> int:
+    """Make the runs that the tables lack, and return how many failed."""
+    finished = {run_key(row) for row in read_table(out_dir / "runs.csv", RUN_COLUMNS)}
+    missing = [run for run in runs if run_key(vars(run)) not in finished]
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them in {out_dir / 'runs.csv'} already", flush=True)
+    failed = 0
+    for number, (run, result) in enumerate(results(missing, workers), start=1):
+        name = f"[{number}/{len(missing)}] {METHODS[run.method]}, seed {run.seed}, {setting_name(vars(run))}"
+        if isinstance(result, RunFailed):
+            failed += 1
+            print(f"error: {name}: {result}", file=sys.stderr, flush=True)
+        else:
+            metrics, V = result
+            save_run(out_dir, run, metrics, V)
+            numbers = f"largest drawdown {metrics['largest_drawdown']:.2f}, final V {metrics['final_value']:.2f}"
+            print(f"{name}: {numbers}, {metrics['seconds']:.0f} s", flush=True)
+    return failed
+
+
+# ==== 12. Summary and pictures ========================================================================================
+
+
+def setting_name(run: dict) -> str:
+    """The settings that the study varies, and every other one that is not the default, in a few words."""
+    named = ("seed", "method", *CENTRE)
+    changed = [name for name in SETTINGS if name not in named and str(run[name]) != str(getattr(Args, name))]
+    others = [f"{name} {run[name]}" for name in changed]
+    words = f"{run['start']}, D={run['latent_dim']}, lr {run['learning_rate']}, clip {run['clip_coef']}"
+    return ", ".join((words, f"n={run['n_path']}, ε={run['epsilon']}", *others))
+
+
+def by_setting(runs: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
+    """Runs by the name of their setting, then by method, then by seed."""
+    groups = {}
+    for run in sorted(runs, key=lambda run: (run["start"], *(float(run[name]) for name in list(CENTRE)[1:]))):
+        groups.setdefault(setting_name(run), {}).setdefault(run["method"], {})[int(run["seed"])] = run
+    return groups
+
+
+def interval(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap interval of the mean of x (runs, ...) over the runs, from 2,000 resamples."""
+    picks = np.random.default_rng(0).integers(len(x), size=(2000, len(x)))
+    return tuple(np.percentile(x[picks].mean(1), (2.5, 97.5), axis=0))
+
+
+def summary_table(groups: dict) -> str:
+    """Markdown: mean and interval of every metric by setting and method, and differences paired by seed."""
+    lines = [
+        "| setting | method | runs | " + " | ".join(METRICS.values()) + " |",
+        "|---|---|--:|" + "---|" * len(METRICS),
+    ]
+
+    def add(setting: str, name: str, x: np.ndarray) -> None:  # x (runs, metrics)
+        cells = [f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in zip(x.mean(0), *interval(x), strict=True)]
+        if len(x) == 1:
+            cells = [f"{number:.2f} (one run)" for number in x[0]]
+        lines.append(f"| {setting} | {name} | {len(x)} | " + " | ".join(cells) + " |")
+
+    for setting, methods in groups.items():
+        table = {m: {seed: np.array([run[k] for k in METRICS]) for seed, run in methods[m].items()} for m in methods}
+        for method in filter(table.get, METHODS):
+            add(setting, METHODS[method], np.stack(list(table[method].values())))
+        for other in ("ppo", "additive"):
+            common = table.get("deep_spi", {}).keys() & table.get(other, {}).keys()
+            if common:
+                differences = [table["deep_spi"][seed] - table[other][seed] for seed in sorted(common)]
+                add(setting, f"Deep SPI − {METHODS[other]}", np.stack(differences))
+    return "\n".join(lines) + "\n"
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write a picture and forget it."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"picture: {path}")
+
+
+def draw_gridworld(world: Gridworld, path: Path) -> None:
+    """The map with the rewards at the two critical states, and what the agent sees in them."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.6), width_ratios=(2, 1, 1))
+    axes[0].imshow(world.intensity, cmap="gray", vmin=0, vmax=255)
+    for (row, column), symbol in zip(world.coords, world.symbols, strict=True):
+        axes[0].text(column, row, symbol, ha="center", va="center", fontsize=13)
+    for s, name, colour, shift in zip(world.critical, ("top", "bottom"), ("#0072B2", "#D55E00"), (-1, 1), strict=True):
+        row, column = world.coords[s]
+        axes[0].add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec=colour, lw=3))
+        words = f"{name} '!': UP {world.R[s, UP]:+.2f}, RIGHT {world.R[s, RIGHT]:+.0f}"
+        axes[0].text(0.4, row + shift, words, color="white", va="center", fontsize=11)
+        axis = axes[1 if name == "top" else 2]
+        axis.imshow(world.pictures[s, 0], cmap="gray", vmin=0, vmax=255)
+        axis.set_title(f"what the agent sees at the {name} '!'", fontsize=11)
+    axes[0].set_title(f"From '@' to the top with 1−ε, to the bottom with ε; n = {world.coords[world.critical[0], 1]}")
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+    save(figure, path)
+
+
+def draw_values(groups: dict, path: Path) -> None:
+    """V(start) over steps: each run thin, the mean of each method thick, its interval shaded."""
+    columns = min(len(groups), 5)
+    rows = math.ceil(len(groups) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(9, 5 * columns), 4.6 * rows), squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.axis("off")
+    for axis, (setting, methods) in zip(axes.flat, groups.items(), strict=False):
+        for method in filter(methods.get, METHODS):
+            runs = list(methods[method].values())
+            steps, curves = runs[0]["steps"], np.stack([run["V_start"] for run in runs])
+            axis.plot(steps, curves.T, color=COLOURS[method], lw=0.6, alpha=0.5)
+            label = f"{METHODS[method]}, {len(runs)} runs"
+            axis.plot(steps, curves.mean(0), color=COLOURS[method], lw=2.5, label=label)
+            axis.fill_between(steps, *interval(curves), color=COLOURS[method], alpha=0.2, lw=0)
+        lines = setting.split(", ")
+        axis.set_title(", ".join(lines[:2]) + "\n" + ", ".join(lines[2:]), fontsize=10)
+        axis.set(xlabel="environment steps", ylabel=r"exact $V^{\pi_n}$(start)")
+        axis.legend(loc="lower right", fontsize=9)
+    save(figure, path)
+
+
+def draw_drawdowns(groups: dict, path: Path) -> None:
+    """Total decrease and largest drawdown of every run, with each method's mean and interval."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 2 + 0.75 * len(groups)), sharey=True)
+    for axis, metric in zip(axes, ("total_decrease", "largest_drawdown"), strict=True):
+        for row, methods in enumerate(groups.values()):
+            for method, shift in zip(METHODS, (-0.25, 0, 0.25), strict=True):
+                if method in methods:
+                    x = np.array([run[metric] for run in methods[method].values()])
+                    axis.scatter(x, np.full(len(x), row + shift), s=16, color=COLOURS[method], alpha=0.5, lw=0)
+                    axis.plot(interval(x), [row + shift] * 2, color=COLOURS[method], lw=3)
+                    axis.plot(x.mean(), row + shift, "D", color=COLOURS[method], ms=7, mec="black")
+        axis.set(xlabel=f"{METRICS[metric]} of V(start)", yticks=range(len(groups)), yticklabels=groups)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    for method, name in METHODS.items():
+        axes[1].plot([], [], "D-", color=COLOURS[method], mec="black", label=name)
+    axes[1].legend(loc="best", fontsize=9)
+    save(figure, path)
+
+
+def summarize(out_dir: Path) -> None:
+    """Pictures and table of all runs in the folder's CSV files."""
+    runs = read_runs(out_dir)
+    check(len(runs) > 0, "out_dir", str(out_dir), "must hold runs.csv with at least one run")
+    groups = by_setting(runs)
+    worlds = {(int(run["n_path"]), float(run["epsilon"]), float(run["gamma"])) for run in runs}
+    for n_path, epsilon, gamma in sorted(worlds):
+        draw_gridworld(make_gridworld(n_path, epsilon, gamma), out_dir / f"gridworld_n{n_path}_eps{epsilon:g}.png")
+    draw_values(groups, out_dir / "values.png")
+    draw_drawdowns(groups, out_dir / "drawdowns.png")
+    table = summary_table(groups)
+    (out_dir / "summary.md").write_text(table)
+    print(f"\nMeans with 95 % intervals over seeds\n\n{table}")
+
+
+def main(args: Args) -> None:
+    """The comparison, the study or the summary."""
+    check_args(args)
+    torch.set_num_threads(1)
+    out_dir = Path(args.out_dir or (STUDY_DIR if args.study or args.summary else "runs/confounding_gridworld"))
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        check(False, "out_dir", str(out_dir), f"must be a folder that can be made: {error.strerror}")
+    check(os.access(out_dir, os.W_OK), "out_dir", str(out_dir), "must be writable")
+    failed = 0 if args.summary else make_runs(planned_runs(args), out_dir, args.workers)
+    summarize(out_dir)
+    if failed:
+        print(f"error: {failed} runs failed and are not in the tables", file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,449 @@
+"""Tests of confounding_gridworld.py: the exact MDP, the vectorised environment, the update, the study's tables."""
+
+import ast
+import csv
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import confounding_gridworld as cg
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = sorted((ROOT / "tests" / "golden" / "gridworld").glob("confounding_gridworld_*.npz"))
+POLICIES = ("right", "up_at_both", "optimal", "uniform")
+TINY = cg.Args(
+    start="fresh", total_timesteps=64, num_envs=4, num_steps=8, num_minibatches=2, update_epochs=1, workers=1
+)
+TINY_FLAGS = "--start fresh --total-timesteps 96 --num-envs 4 --num-steps 8 --update-epochs 1 --num-seeds 1 --workers 1"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the script: bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def world():
+    return cg.make_gridworld(5, 0.2, 0.99)
+
+
+# ==== The MDP ====
+def test_there_are_two_golden_gridworlds():
+    assert [path.stem for path in GOLDEN] == ["confounding_gridworld_n10_eps01", "confounding_gridworld_n5_eps02"]
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_gridworld_equals_the_golden_one(path):
+    with np.load(path) as golden:
+        world = cg.make_gridworld(int(golden["n_path"]), float(golden["epsilon"]), 0.99)
+        np.testing.assert_array_equal(world.P.astype(np.float32), golden["P"])
+        np.testing.assert_array_equal(world.R.astype(np.float32), golden["R"])
+        np.testing.assert_array_equal(world.coords, golden["state_coords"])
+        np.testing.assert_array_equal(world.symbols, golden["symbols"])
+        np.testing.assert_array_equal(world.is_terminal, golden["is_terminal"])
+        np.testing.assert_array_equal(world.intensity, golden["grid_intensity"])
+        np.testing.assert_array_equal(world.pictures, golden["obs"])
+        np.testing.assert_array_equal(world.critical, golden["critical_states"])
+        assert world.pictures.dtype == golden["obs"].dtype == np.uint8
+        assert world.start == golden["initial_state"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_exact_values_equal_the_golden_ones(path, policy):
+    with np.load(path) as golden:
+        world = cg.make_gridworld(int(golden["n_path"]), float(golden["epsilon"]), 0.99)
+        V = cg.value(world.P, world.R, golden[f"pi_{policy}"].astype(float), 0.99)
+        np.testing.assert_allclose(V, golden[f"V_exact_{policy}"], rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_path, epsilon", [(2, 0.5), (7, 0.01), (81, 0.9)])
+def test_gridworld_of_any_size(n_path, epsilon):
+    world = cg.make_gridworld(n_path, epsilon, 0.99)
+    S = 2 * n_path + 6
+    assert world.P.shape == (S, 4, S) and world.pictures.shape == (S, 1, 84, 84)
+    np.testing.assert_allclose(world.P.sum(-1), 1)
+    assert len(np.unique(world.pictures.reshape(S, -1), axis=0)) == S  # no two states look alike
+    corridor = np.arange(n_path)
+    assert cg.value(world.P, world.R, np.eye(4)[np.full(S, cg.RIGHT)], 0.99)[world.start] == pytest.approx(
+        0.99**2 * (0.99**corridor).sum()
+    )
+
+
+# ==== The vectorised environment ====
+def test_rollouts_have_the_frequencies_of_P(world):
+    """Pearson's statistic of every (s, a) against P: each below its 1e-6 quantile, and no transition that P forbids."""
+    rng = np.random.default_rng(0)
+    envs = cg.VectorEnv(world, 500, rng)
+    counts = np.zeros(world.P.shape)
+    pi = np.array([0.05, 0.05, 0.05, 0.85])
+    done = np.zeros(500, dtype=bool)
+    before = envs.states
+    for _ in range(400):
+        actions = rng.choice(4, size=500, p=pi)
+        after, rewards, terminated, truncated = envs.step(actions)
+        real = ~done
+        np.add.at(counts, (before[real], actions[real], after[real]), 1)
+        np.testing.assert_array_equal(rewards[real], world.R[before[real], actions[real]])
+        assert (after[done] == world.start).all() and (rewards[done] == 0).all()
+        np.testing.assert_array_equal(terminated, world.is_terminal[after])
+        done, before = terminated | truncated, after
+    visits = counts.sum(-1)
+    assert (visits[~world.is_terminal] > 100).all() and (visits[world.is_terminal] == 0).all()
+    assert (counts[world.P == 0] == 0).all()
+    expected = visits[..., None] * world.P
+    statistic = (np.square(counts - expected) / np.maximum(expected, 1e-9)).sum(-1)  # at most 2 outcomes: 1 degree
+    assert (statistic < 23.93).all()  # the 1 - 1e-6 quantile of chi-square with 1 degree of freedom
+    junction = np.flatnonzero(world.symbols == "@")[0]
+    assert (counts[junction] > 0).sum(-1).tolist() == [2, 2, 2, 2]
+
+
+def test_truncation_after_200_steps_and_reset(world):
+    envs = cg.VectorEnv(world, 3, np.random.default_rng(0))
+    stay, right = np.full(3, cg.LEFT), np.array([cg.RIGHT, cg.LEFT, cg.LEFT])
+    for step in range(1, 201):
+        states, _, terminated, truncated = envs.step(right if step == 1 else stay)
+        assert not terminated.any()
+        # env 0 went to '@', where any action moves on: it waits in a corridor
+        assert truncated.tolist() == [step == 200] * 3
+    states, rewards, terminated, truncated = envs.step(np.full(3, cg.RIGHT))  # the reset ignores the action
+    assert (states == world.start).all() and not (rewards.any() or terminated.any() or truncated.any())
+    for step in range(1, 201):
+        *_, truncated = envs.step(stay)
+        assert truncated.tolist() == [step == 200] * 3
+
+
+def test_the_end_is_terminated_not_truncated_at_step_200(world):
+    envs = cg.VectorEnv(world, 1, np.random.default_rng(0))
+    actions = [cg.LEFT] * (200 - 7) + [cg.RIGHT] * 7  # I, '@', five cells of a corridor: W in step 200
+    for action in actions:
+        states, _, terminated, truncated = envs.step(np.array([action]))
+    assert world.symbols[states[0]] == "W" and terminated[0] and not truncated[0]
+
+
+# ==== The numbers of a run ====
+def test_decrease_and_drawdown_equal_naive_loops():
+    rng = np.random.default_rng(0)
+    for V in [*rng.normal(size=(50, 12)), np.arange(5.0), np.array([3.0])]:
+        decrease = sum(max(0.0, V[n] - V[n + 1]) for n in range(len(V) - 1))
+        drawdown = max([0.0] + [V[n] - V[m] for n in range(len(V)) for m in range(n + 1, len(V))])
+        assert cg.total_decrease(V) == pytest.approx(decrease, abs=1e-12)
+        assert cg.largest_drawdown(V) == pytest.approx(drawdown, abs=1e-12)
+
+
+def test_share_outside_the_neighbourhood():
+    pi = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    new_pi = torch.tensor([[0.5, 0.25, 0.12, 0.13], [0.29, 0.21, 0.25, 0.25]])  # ratios 1 .83 1.2+ 1.3; 1.16 .84 1 1
+    assert cg.outside_neighbourhood(pi.log(), new_pi.log(), 0.15).tolist() == [0.75, 0.5]
+    assert cg.outside_neighbourhood(pi.log(), new_pi.log(), 0.25).tolist() == [0.25, 0.0]
+
+
+def test_state_visits_are_those_of_rollouts(world):
+    pi = np.tile([0.1, 0.1, 0.1, 0.7], (len(world.P), 1))
+    ahead, weights = np.eye(len(world.P))[world.start], np.zeros(len(world.P))
+    for t in range(2000):
+        weights += 0.99**t * ahead * ~world.is_terminal
+        ahead = ahead @ np.einsum("sa,sat->st", pi, world.P)
+    np.testing.assert_allclose(cg.state_visits(world, pi, 0.99), weights / weights.sum(), atol=1e-9)
+
+
+def test_critical_distance(world):
+    z = torch.zeros(len(world.P), 2)
+    z[world.critical[0]] = torch.tensor([3.0, 4.0])
+    distance, relative = cg.critical_distance(z, world)
+    inner = (~world.is_terminal).sum()  # one state is 5 away from each of the others, which are all at 0
+    assert distance == 5 and relative == pytest.approx(5 / (5 * (inner - 1) / (inner * (inner - 1) / 2)))
+
+
+# ==== The update ====
+def minibatch(world, rows):
+    """Rows of random transitions, in float64."""
+    rng = np.random.default_rng(0)
+    states, next_states = (torch.from_numpy(rng.integers(len(world.P), size=rows)) for _ in range(2))
+    actions = torch.from_numpy(rng.integers(4, size=rows))
+    numbers = [torch.from_numpy(rng.normal(size=rows)) for _ in range(3)]
+    log_probs = torch.from_numpy(rng.normal(size=(rows, 4))).log_softmax(-1)
+    mask = torch.from_numpy((rng.random(rows) < 0.9).astype(float))
+    return states, next_states, cg.Minibatch(actions, numbers[0], log_probs, *numbers[1:], mask)
+
+
+@pytest.mark.parametrize("method", ["additive", "deep_spi"])
+def test_encoding_once_gives_the_gradients_of_encoding_every_row(world, method):
+    args = replace(TINY, method=method, latent_dim=3, reward_loss_coef=1.0, transition_loss_coef=1.0)
+    torch.manual_seed(0)
+    agent = cg.Agent(4, 3, torch.Generator().manual_seed(0)).double()
+    pictures = torch.from_numpy(world.pictures)
+    states, next_states, batch = minibatch(world, 40)
+    noise = torch.randn((40, 3, 5), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = []
+    for z, next_z in (
+        cg.encode_once(agent, pictures, states, next_states),
+        (agent.encode(pictures[states]), agent.encode(pictures[next_states])),
+    ):
+        loss, _ = cg.compute_loss(agent, batch, z, next_z, batch.actions, noise, args)
+        gradients.append(torch.autograd.grad(loss, list(agent.parameters())))
+    for once, every in zip(*gradients, strict=True):
+        assert every.abs().max() > 0
+        torch.testing.assert_close(once, every, rtol=1e-9, atol=1e-9)
+
+
+def test_world_model_layers_have_spectral_norm_1():
+    agent = cg.Agent(4, 2, torch.Generator().manual_seed(0))
+    layers = [layer for layer in agent.modules() if isinstance(layer, cg.SpectralLinear)]
+    assert len(layers) == 6
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight)
+        inputs = torch.eye(layer.weight.shape[1])
+        weight = layer(inputs) - layer(torch.zeros_like(inputs))
+        assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_without_coefficients_every_method_is_ppo():
+    """To the last bit; and at 1e-30 too, where the world model runs but float32 has no room for what it adds."""
+    values = {}
+    for method, coefficient in itertools.product(("additive", "deep_spi"), (0.0, 1e-30, 0.05)):
+        args = replace(TINY, method=method, reward_loss_coef=coefficient, transition_loss_coef=coefficient)
+        values[method, coefficient] = cg.train(replace(args, max_grad_norm=1e9))[1]
+    ppo = cg.train(replace(TINY, method="ppo", max_grad_norm=1e9))[1]
+    for (_, coefficient), V in values.items():
+        assert np.array_equal(V, ppo) == (coefficient < 0.05)
+    assert not np.array_equal(values["additive", 0.05], values["deep_spi", 0.05])
+
+
+def test_zero_coefficients_with_the_world_model_running(world):
+    """Not only because it is skipped: ℓ_R and ℓ_P at weight 0 leave PPO's loss and gradients as they are."""
+    args = replace(TINY, reward_loss_coef=0.0, transition_loss_coef=0.0)
+    torch.manual_seed(0)
+    agent = cg.Agent(4, 1, torch.Generator().manual_seed(0)).double()
+    states, next_states, batch = minibatch(world, 40)
+    gradients = []
+    for with_model in (False, True):
+        z, next_z = cg.encode_once(agent, torch.from_numpy(world.pictures), states, next_states)
+        noise = torch.ones((40, 1, 5), dtype=torch.float64)
+        loss, _ = cg.compute_loss(agent, batch, z, next_z if with_model else None, batch.actions, noise, args)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in (*agent.encoder.parameters(), *agent.actor.parameters())])
+        agent.zero_grad()
+    for without, with_zero in zip(*gradients, strict=True):
+        assert torch.equal(without, with_zero)
+
+
+def test_all_methods_start_from_the_same_weights_fitted_to_the_start_policy(world, monkeypatch):
+    monkeypatch.setattr(cg, "FIT_STEPS", 60)
+    args = replace(TINY, start="confounded", latent_dim=2)
+    agents = [cg.make_agent(replace(args, method=method), world)[0] for method in ("ppo", "deep_spi")]
+    for first, second in zip(*(agent.parameters() for agent in agents), strict=True):
+        assert torch.equal(first, second)
+    _, log_pi, state_values = cg.evaluate(agents[0], torch.from_numpy(world.pictures))
+    pi_b = cg.start_policy(args, len(world.P))
+    visited = ~world.is_terminal
+    np.testing.assert_allclose(log_pi.exp().numpy()[visited], pi_b[visited], atol=0.02)
+    V_b = cg.value(world.P, world.R, pi_b, 0.99)
+    errors = (state_values.numpy() - V_b)[visited]
+    assert np.sqrt((errors**2).mean()) < 0.5 * V_b[visited].std()  # better than a constant
+
+
+def test_a_start_that_does_not_fit_fails(world, monkeypatch):
+    monkeypatch.setattr(cg, "FIT_STEPS", 1)
+    with pytest.raises(cg.RunFailed, match="did not fit"):
+        cg.make_agent(replace(TINY, start="confounded"), world)
+
+
+def test_a_run_that_diverges_is_stopped():
+    with pytest.raises(cg.RunFailed, match="not finite"):
+        cg.train(replace(TINY, learning_rate=1e30, max_grad_norm=1e30))
+
+
+# ==== Tables and command line ====
+def launch(flags):
+    command = [sys.executable, str(ROOT / "confounding_gridworld.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_command_line_with_each_method(tmp_path):
+    done = launch([*TINY_FLAGS.split(), "--out-dir", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    runs, curves = rows_of(tmp_path / "runs.csv"), rows_of(tmp_path / "curves.csv")
+    assert [run["method"] for run in runs] == [curve["method"] for curve in curves] == list(cg.METHODS)
+    for run, curve in zip(runs, curves, strict=True):
+        assert 0 <= float(run["outside_neighbourhood"]) <= 1 and float(run["seconds"]) > 0
+        assert "torch=" in run["versions"]
+        assert curve["steps"] == "0 32 64 96"
+        V = np.array(curve["V_start"].split(), float)
+        assert V[0] == pytest.approx(float(run["start_value"]), abs=1e-3) and len(V) == 4
+        assert cg.total_decrease(V) == pytest.approx(float(run["total_decrease"]), abs=1e-3)
+        assert f"| {cg.METHODS[run['method']]} | 1 |" in done.stdout
+    assert {"values.png", "drawdowns.png", "gridworld_n5_eps0.2.png", "summary.md"} <= set(os.listdir(tmp_path))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs are made here and cost nothing: what is tested is what is asked for, kept and skipped."""
+    made = []
+
+    def train(args):
+        if args.seed == 13:
+            raise cg.RunFailed("stopped at step 32: not finite: losses/value_loss")
+        made.append(args)
+        iterations = args.total_timesteps // (args.num_envs * args.num_steps)
+        V = np.outer(np.arange(iterations + 1.0), np.ones(2 * args.n_path + 6)) + args.seed
+        V[2] -= {"ppo": 3.0, "additive": 2.5, "deep_spi": 1.5}[args.method]
+        metrics = dict.fromkeys(cg.NUMBERS, 0.25) | {"largest_drawdown": cg.largest_drawdown(V[:, 0])}
+        return metrics, V
+
+    monkeypatch.setattr(cg, "train", train)
+    for name in ("draw_gridworld", "draw_values", "draw_drawdowns"):
+        monkeypatch.setattr(cg, name, lambda *_: None)
+    return made
+
+
+def test_the_study_is_kept_and_continued(in_process, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cg, "GRID", cg.GRID[:2])
+    monkeypatch.setattr(cg, "STUDY_SEEDS", range(1, 3))
+    cg.main(cg.Args(study=True, workers=1, out_dir=str(tmp_path)))
+    assert len(in_process) == 2 * 2 * 3 == len(rows_of(tmp_path / "runs.csv"))
+    in_process.clear()
+    monkeypatch.setattr(cg, "STUDY_SEEDS", range(1, 4))
+    cg.main(cg.Args(study=True, workers=1, out_dir=str(tmp_path)))
+    assert [run.seed for run in in_process] == [3] * 6
+    assert len(rows_of(tmp_path / "runs.csv")) == len(rows_of(tmp_path / "curves.csv")) == 18
+    # a run that was interrupted between its curve and its line is made again, and counts once
+    lines = (tmp_path / "runs.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.csv").write_text("".join(lines[:-1]))
+    in_process.clear()
+    cg.main(cg.Args(study=True, workers=1, out_dir=str(tmp_path)))
+    assert len(in_process) == 1 and len(cg.read_runs(tmp_path)) == 18
+    capsys.readouterr()
+    cg.main(cg.Args(summary=True, out_dir=str(tmp_path)))
+    assert len(in_process) == 1
+    table = (tmp_path / "summary.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("| 3 |") == 2 * 5
+    line = next(line for line in table.splitlines() if "Deep SPI − PPO" in line)
+    assert "-1.50 [-1.50, -1.50]" in line  # 0.5 against 2.0, in every seed
+
+
+def test_a_failed_run_is_said_and_not_averaged(in_process, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cg.main(replace(TINY, seed=12, num_seeds=2, out_dir=str(tmp_path)))
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    assert "seed 13" in captured.err and "losses/value_loss" in captured.err and "3 runs failed" in captured.err
+    assert [run["seed"] for run in rows_of(tmp_path / "runs.csv")] == ["12"] * 3
+    assert "| PPO | 1 |" in captured.out
+
+
+def test_the_grid_is_the_study_of_the_issue():
+    runs = cg.planned_runs(cg.Args(study=True))
+    assert len(runs) == 300 == len({cg.run_key(vars(run)) for run in runs})
+    assert {(run.learning_rate, run.clip_coef) for run in runs} == {(2.5e-4, 0.1), (1e-3, 0.2), (2.5e-3, 0.4)}
+    assert {run.latent_dim for run in runs} == {1, 2, 4, 8}
+    assert {(run.n_path, run.epsilon) for run in runs} == {(5, 0.2), (10, 0.1)}
+    for cell in cg.GRID:
+        cg.check_args(replace(cg.Args(), **cell))
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = [low < 0 < high for low, high in (cg.interval(rng.normal(size=40)) for _ in range(300))]
+    assert 0.88 < np.mean(hits) < 0.99
+
+
+BAD = {  # flags, what the one line must contain
+    "no corridor": ("--n-path 0", ["--n-path", "0", "[2, 81]"]),
+    "no room for F": ("--n-path 1", ["--n-path", "1", "'@'"]),
+    "epsilon 0": ("--epsilon 0", ["--epsilon", "0.0", "(0, 1)"]),
+    "epsilon 1": ("--epsilon 1", ["--epsilon", "1.0", "(0, 1)"]),
+    "no neighbourhood": ("--clip-coef 1", ["--clip-coef", "1.0", "1 < C < 2"]),
+    "no latent": ("--latent-dim 0", ["--latent-dim", "0", "[1, 512]"]),
+    "never UP": ("--start-up 0", ["--start-up", "0.0", "(0, 0.5]"]),
+    "no environments": ("--num-envs 0", ["--num-envs", "0", "at least 1"]),
+    "no workers": ("--workers 0", ["--workers", "0", "at least 1"]),
+    "under a rollout": ("--total-timesteps 1000", ["--total-timesteps", "1000", "1024"]),
+    "odd minibatches": ("--num-minibatches 3", ["--num-minibatches", "3", "must divide", "1024"]),
+    "no discount": ("--gamma 1", ["--gamma", "1.0", "(0, 1)"]),
+    "step size not a number": ("--learning-rate nan", ["--learning-rate", "nan", "positive"]),
+    "negative coefficient": ("--reward-loss-coef -1", ["--reward-loss-coef", "-1.0", "not negative"]),
+    "negative seed": ("--seed -1", ["--seed", "-1"]),
+    "study with other settings": ("--study --n-path 6", ["--n-path", "6", "fixed"]),
+    "study and summary": ("--study --summary", ["--summary", "study"]),
+    "file in the way": ("--out-dir FILE", ["--out-dir", "file", "folder"]),
+    "nothing to sum up": ("--summary --out-dir EMPTY", ["--out-dir", "at least one run"]),
+    "other columns": ("--summary --out-dir COLUMNS", ["--out-dir", "runs.csv", "columns"]),
+    "half a line": ("--summary --out-dir HALF", ["--out-dir", "runs.csv", "row 2"]),
+    "not a number": ("--summary --out-dir WORDS", ["--out-dir", "numbers"]),
+    "short curve": ("--summary --out-dir SHORT", ["--out-dir", "short"]),
+    "no curve": ("--summary --out-dir CURVELESS", ["--out-dir", "curves.csv", "lacks"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_bad_input_is_refused_in_one_line(key, tmp_path, monkeypatch, capsys):
+    flags, words = BAD[key]
+    line = ",".join("1" for _ in cg.RUN_COLUMNS)
+    curve = ",".join("1" for _ in cg.CURVE_COLUMNS)
+    for name, runs, curves in (
+        ("EMPTY", None, None),
+        ("COLUMNS", "a,b\n1,2\n", None),
+        ("HALF", f"{','.join(cg.RUN_COLUMNS)}\n1,2\n", None),
+        ("WORDS", f"{','.join(cg.RUN_COLUMNS)}\n{line}\n".replace("1,1,1,1\n", "x,1,1,1\n"), curve),
+        ("SHORT", f"{','.join(cg.RUN_COLUMNS)}\n{line.replace('1', '7')}\n", curve.replace("1", "7")),
+        ("CURVELESS", f"{','.join(cg.RUN_COLUMNS)}\n{line}\n", None),
+    ):
+        (tmp_path / name).mkdir()
+        if runs:
+            (tmp_path / name / "runs.csv").write_text(runs)
+        if curves:
+            (tmp_path / name / "curves.csv").write_text(f"{','.join(cg.CURVE_COLUMNS)}\n{curves}\n")
+        flags = flags.replace(name, str(tmp_path / name))
+    (tmp_path / "file").write_text("in the way")
+    flags = flags.replace("FILE", str(tmp_path / "file"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cg, "train", lambda _: pytest.fail("a run was made"))
+    with pytest.raises(SystemExit) as refused:
+        cg.main(cg.tyro.cli(cg.Args, args=flags.split()))
+    captured = capsys.readouterr()
+    assert refused.value.code == 2
+    assert captured.out == "" and len(captured.err.strip().splitlines()) == 1, captured
+    for word in words:
+        assert word in captured.err
+
+
+# ==== The script's place among its siblings ====
+def definitions(script):
+    """Source text of each top-level function and class."""
+    source = (ROOT / script).read_text()
+    lines = source.splitlines()
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes}
+
+
+def test_equations_are_those_of_the_siblings():
+    ours, siblings = definitions("confounding_gridworld.py"), definitions("deep_spi_ppo.py")
+    differing = {name for name in ours.keys() & siblings.keys() if ours[name] != siblings[name]}
+    assert differing == {"Args", "check_args", "RewardModel", "TransitionModel", "Agent", "train"}
+    assert {"compute_loss", "compute_gae", "Minibatch", "exact_spectral_norm"} <= ours.keys() & siblings.keys()
+    assert ours["value"] == definitions("safe_policy_improvement.py")["value"]
+
+
+def test_every_flag_is_read():
+    text = "\n".join(body for name, body in definitions("confounding_gridworld.py").items() if name != "check_args")
+    for field in cg.fields(cg.Args):
+        assert f"args.{field.name}" in text or f"self.{field.name}" in text, field.name
