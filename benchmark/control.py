@@ -2,8 +2,11 @@
 
 `deep_spi_ppo.py` with its defaults on CartPole-v1, Acrobot-v1 and LunarLander-v3, seeds 1 to 10, with nothing but the
 number of steps set. Protocol, fixed before the runs: a run solves its task if the mean return of its last 100 episodes
-reaches the threshold. Runs that benchmark/results/control.csv has with the present settings are skipped, so that the
-study can be stopped and continued; an unfinished run is moved aside, as <name>.broken-<time>, and begun again.
+reaches the threshold. One change was made on the way: LunarLander-v3 had 1 M steps at first, at which seeds 1, 2, 9 and
+10 gave 258, 260, 184 and 252; all ten then got 1.5 M, before any of the other six had been run.
+
+Runs that benchmark/results/control.csv has with the present settings are skipped, so that the study can be
+stopped and continued; an unfinished run is moved aside, as <name>.broken-<time>, and begun again.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from benchmark.collect import collect, is_finished, read_table, settings_text
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "control"
 RESULTS = ROOT / "benchmark" / "results" / "control"
-TASKS = {"CartPole-v1": 200_000, "Acrobot-v1": 200_000, "LunarLander-v3": 1_000_000}  # steps
+TASKS = {"CartPole-v1": 200_000, "Acrobot-v1": 200_000, "LunarLander-v3": 1_500_000}  # steps
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "LunarLander-v3": 200.0}
 SEEDS = range(1, 11)
 
