@@ -1,6 +1,5 @@
 """The functions that ship, against plain definitions written another way."""
 
-import copy
 import math
 
 import numpy as np
@@ -13,6 +12,7 @@ import deep_spi_ppo
 import deep_spi_ppo_atari
 import deepmdp_ppo_atari
 import ppo_baseline
+from benchmark.plain import PlainTransitionModel
 
 M, A = 12, 6
 
@@ -300,25 +300,10 @@ def test_transition_model_equals_all_outputs_computed_and_one_kept():
     """The published form: every action's outputs, then a gather; values and gradients."""
     num_actions, rows = 4, 10
     model = deep_spi_ppo_atari.TransitionModel(num_actions, "exact", torch.Generator().manual_seed(3))
-    plain = copy.deepcopy(model)
+    plain = PlainTransitionModel(num_actions, "exact", torch.Generator().manual_seed(3))
     z, noise = torch.randn(rows, 7, 7, 64), torch.randn(rows, 7, 7, 64, 5)
     actions = torch.randint(0, num_actions, (rows,))
-
-    padded = torch.nn.functional.pad(z.permute(0, 3, 1, 2), (0, 1, 0, 1))
-    hidden = torch.nn.functional.conv2d(padded, plain.hidden.normalized_weight(), plain.hidden.bias)
-    pairs = hidden.view(rows, 64, 2, 7, 7)
-    hidden = pairs.sort(dim=2).values.reshape(rows, 128, 7, 7)
-    padded = torch.nn.functional.pad(hidden, (0, 1, 0, 1))
-    weight, bias = plain.components.normalized_weight(), plain.components.bias
-    outputs = torch.nn.functional.conv2d(padded, weight, bias, groups=16).view(rows, 64, 5, 2, num_actions, 7, 7)
-    taken = outputs[torch.arange(rows), :, :, :, actions]  # (rows, 64, 5, 2, 7, 7)
-    loc, scale = 0.5 * taken[:, :, :, 0], 0.5 * (torch.nn.functional.softplus(taken[:, :, :, 1]) + 1e-6)
-    flat = hidden.permute(0, 2, 3, 1).flatten(1)
-    logits = torch.nn.functional.linear(flat, plain.mixture.normalized_weight(), plain.mixture.bias)
-    weights = logits.view(rows, 5, num_actions)[torch.arange(rows), :, actions].softmax(-1)
-    sample = loc + scale * noise.clamp(-1, 1).permute(0, 3, 4, 1, 2)
-    expected = (weights[:, None, :, None, None] * sample).sum(2).permute(0, 2, 3, 1)
-
+    expected = plain(z, actions, noise)
     ours = model(z, actions, noise)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     ours.square().sum().backward()

@@ -1,0 +1,70 @@
+"""The straightforward form of an Atari script: python -m benchmark.plain SCRIPT [the script's own flags]
+
+What the scripts do to be fast is undone here: float32 frames in (N, C, H, W) order, minibatches of independent
+transitions with both frames encoded, and a transition model that computes every action's outputs and keeps one, as the
+published code does. `benchmark.throughput` compares with it, and the tests take it as the simple definition.
+"""
+
+import importlib
+import sys
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import deep_spi_ppo_atari
+
+SCRIPTS = ("ppo_baseline", "deep_spi_ppo_atari")
+
+
+class PlainTransitionModel(deep_spi_ppo_atari.TransitionModel):
+    """P̄ with the outputs of all A actions computed in one grouped convolution, of which the taken action's are kept."""
+
+    def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
+        """One sample z̄' of P̄(·|z, a), (B, 7, 7, 64), from z (B, 7, 7, 64), actions (B,), noise (B, 7, 7, 64, 5)."""
+        padded = F.pad(z.permute(0, 3, 1, 2), (0, 1, 0, 1))
+        hidden = F.conv2d(padded, self.hidden.normalized_weight(), self.hidden.bias)  # (B, 128, 7, 7)
+        hidden = hidden.unflatten(1, (64, 2)).sort(dim=2).values.flatten(1, 2)
+        padded = F.pad(hidden, (0, 1, 0, 1))
+        outputs = F.conv2d(padded, self.components.normalized_weight(), self.components.bias, groups=16)
+        rows = torch.arange(len(z), device=z.device)
+        actions = actions.to(z.device)
+        outputs = outputs.unflatten(1, (64, 5, 2, self.num_actions))[rows, :, :, :, actions]  # (B, 64, 5, 2, 7, 7)
+        loc, scale = 0.5 * outputs[:, :, :, 0], 0.5 * (F.softplus(outputs[:, :, :, 1]) + 1e-6)
+        flat = hidden.permute(0, 2, 3, 1).flatten(1)
+        logits = F.linear(flat, self.mixture.normalized_weight(), self.mixture.bias)
+        weights = logits.unflatten(1, (5, self.num_actions))[rows, :, actions].softmax(-1)  # (B, 5)
+        components = loc + scale * noise.clamp(-1, 1).permute(0, 3, 4, 1, 2)  # (B, 64, 5, 7, 7)
+        return (weights[:, None, :, None, None] * components).sum(2).permute(0, 2, 3, 1)
+
+
+def make_plain(script):
+    """Put the plain encoder and transition model in place of the script module's own. Returns the module."""
+
+    class PlainAgent(script.Agent):
+        def __init__(self, *settings):
+            super().__init__(*settings)
+            self.encoder.to(memory_format=torch.contiguous_format)
+
+        def encode(self, obs: Tensor) -> Tensor:
+            return self.encoder(obs.float() / 255).permute(0, 2, 3, 1)
+
+    script.Agent = PlainAgent
+    if hasattr(script, "TransitionModel"):
+        script.TransitionModel = PlainTransitionModel
+    return script
+
+
+def main() -> None:
+    """Train as the script would, in the plain form. Exit code 2 for a script that has none."""
+    name = sys.argv[1].removesuffix(".py") if len(sys.argv) > 1 else "nothing"
+    if name not in SCRIPTS:
+        print(f"error: SCRIPT: got {name!r}; must be one of {', '.join(SCRIPTS)}", file=sys.stderr)
+        raise SystemExit(2)
+    script = make_plain(importlib.import_module(name))
+    script.train(tyro.cli(script.Args, args=[*sys.argv[2:], "--precision", "fp32", "--chunk-length", "1"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""How fast the Atari scripts are: python -m benchmark.throughput [--rounds 5] [--cases NAME ...]
+
+Every round runs every case once, each in a process of its own, so that a ratio compares runs made minutes apart on the
+same machine; the first round's order is reversed in the next. Written to benchmark/results/: throughput.csv (a line per
+case and round). `python -m benchmark.throughput_figures` prints the ratios and draws where an iteration's time goes.
+
+An iteration is 128 x 8 steps: the first is not counted, as it pays for memory and libraries. Start-up is what the
+whole process took beyond its training. The roofline is the time that an iteration's multiplications would take at the
+speed of a large matrix product on this machine, plus the environment's own time.
+"""
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmark.collect import read_events
+from benchmark.plain import PlainTransitionModel
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "throughput.csv"
+GAMES = {4: "Breakout-v5", 6: "Pong-v5", 18: "Boxing-v5"}  # by number of actions
+ITERATION = 128 * 8  # agent steps
+MINIBATCHES, ROWS, FRAMES = 16, 256, 288  # an iteration's updates; transitions and encoded frames of each
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: how to start it, and how many iterations to measure after the first."""
+
+    command: tuple[str, ...]
+    num_actions: int
+    iterations: int = 3
+
+
+def cases() -> dict[str, Case]:
+    """Every case by name: <script> <form> A=<number of actions>."""
+    table = {}
+    for script in ("ppo_baseline", "deepmdp_ppo_atari", "deep_spi_ppo_atari"):
+        shape = ("--num-envs", "128", "--num-steps", "8")
+        for num_actions, game in GAMES.items():
+            flags = ("--env-id", game, *shape)
+            table[f"{script} A={num_actions}"] = Case((f"{script}.py", *flags), num_actions)
+            learner = ("-m", "benchmark.throughput", "learner", script, *flags)
+            table[f"{script} learner A={num_actions}"] = Case(learner, num_actions)
+            if script != "deepmdp_ppo_atari":
+                plain = ("-m", "benchmark.plain", script, *flags)
+                slow = script == "deep_spi_ppo_atari" and num_actions == 18
+                table[f"{script} plain A={num_actions}"] = Case(plain, num_actions, 1 if slow else 2)
+    if importlib.util.find_spec("stable_baselines3"):
+        table["stable_baselines3 A=6"] = Case(("-m", "benchmark.sb3_ppo", "--env-id", GAMES[6]), 6)
+    return table
+
+
+class FrozenEnvs:
+    """Stands in for N games that cost nothing: the same random frames at each step, no reward, no end."""
+
+    def __init__(self, args):
+        self.obs = np.random.default_rng(0).integers(0, 256, (args.num_envs, 4, 84, 84), dtype=np.uint8)
+        self.zeros = np.zeros(args.num_envs, dtype=bool)
+        self.info = {"reward": self.zeros.astype(np.float32), "terminated": self.zeros.astype(np.int32)}
+
+    def reset(self):
+        return self.obs, self.info
+
+    def step(self, actions):
+        return self.obs, self.info["reward"], self.zeros, self.zeros, self.info
+
+
+def learner(script_name: str, flags: list[str]) -> None:
+    """Train as the script would, but on games that cost nothing."""
+    script = importlib.import_module(script_name)
+    script.make_envs = FrozenEnvs
+    script.train(tyro.cli(script.Args, args=flags))
+
+
+def run(case: Case) -> dict[str, float]:
+    """One process: steps per second, start-up in seconds, peak memory in GB. Raises RuntimeError if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = str(ITERATION * (case.iterations + 1))
+        flags = ["--total-timesteps", steps, "--runs-dir", folder, "--run-name", "run"]
+        log = open(Path(folder) / "log", "w+")
+        start = time.time()
+        process = subprocess.Popen([sys.executable, *case.command, *flags], cwd=ROOT, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait, it tells this child's own peak memory
+        wall = time.time() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(case.command)} failed:\n{log.read()[-2000:]}")
+        at_step, sps = read_events(Path(folder) / "run")["charts/SPS"]
+    elapsed = at_step / sps  # seconds since the start, at the end of each iteration
+    return {
+        "sps": ITERATION / float(np.median(np.diff(elapsed))),
+        "start_up_s": wall - float(elapsed[-1]),
+        "peak_memory_gb": usage.ru_maxrss * 1024 / 1e9,
+    }
+
+
+def timed(function, repeats: int = 5) -> float:
+    """Median seconds of a call, after two that are not counted."""
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def stages(num_actions: int) -> dict[str, float]:
+    """Seconds of an update's parts, forward and backward, on one minibatch, and the operations of an iteration."""
+    script = importlib.import_module("deep_spi_ppo_atari")
+    baseline = importlib.import_module("ppo_baseline")
+    torch.manual_seed(0)
+    agent = script.Agent(num_actions, "exact", torch.Generator().manual_seed(0))
+    obs = torch.randint(0, 256, (FRAMES, 4, 84, 84), dtype=torch.uint8)
+    actions = torch.randint(0, num_actions, (ROWS,))
+    z, next_z = torch.rand(2, ROWS, 7, 7, 64)
+    z.requires_grad_()
+    noise_rng = torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn((ROWS, 7, 7, 64, 5), generator=noise_rng)
+
+    def encoder(frames: int):
+        agent.encode(obs[:frames]).sum().backward()
+
+    def transition(model):
+        script.transition_loss(model(z, actions, noise()), next_z).mean().backward()
+
+    plain = PlainTransitionModel(num_actions, "exact", torch.Generator().manual_seed(0))
+    args = script.Args()
+    envs = baseline.make_envs(baseline.Args(env_id=GAMES[num_actions]))
+    envs.reset()
+    host_actions = np.random.default_rng(0).integers(0, num_actions, (64, args.num_envs)).astype(np.int32)
+
+    def environment():
+        for t in range(64):
+            envs.step(host_actions[t])
+
+    result = {
+        "encoder_256_rows_s": timed(lambda: encoder(ROWS)),
+        "encoder_288_frames_s": timed(lambda: encoder(FRAMES)),
+        "transition_256_rows_s": timed(lambda: transition(agent.transition_model)),
+        "reward_256_rows_s": timed(
+            lambda: script.reward_loss(agent.reward_model(z, actions), torch.zeros(ROWS)).mean().backward()
+        ),
+        "environment_sps": 64 * args.num_envs / timed(environment, repeats=3),
+    }
+    if num_actions != 18:  # where it takes gigabytes
+        result["plain_transition_256_rows_s"] = timed(lambda: transition(plain), repeats=3)
+    matrix = torch.randn(2048, 2048)
+    result["matrix_flops_per_s"] = 2 * 2048**3 / timed(lambda: matrix @ matrix)
+    return result | {
+        "deep_spi_flops": iteration_flops(script, num_actions),
+        "ppo_flops": iteration_flops(baseline, num_actions),
+    }
+
+
+def iteration_flops(script, num_actions: int) -> float:
+    """Multiplications and additions of an iteration: 9 policies a step's frame, 16 updates."""
+    world_model = hasattr(script, "TransitionModel")
+    settings = (num_actions, "exact", torch.Generator()) if world_model else (num_actions,)
+    agent, args = script.Agent(*settings), script.Args()
+    obs = torch.zeros((FRAMES if world_model else ROWS, 4, 84, 84), dtype=torch.uint8)
+    actions = torch.arange(ROWS) % num_actions
+    zeros = torch.zeros(ROWS)
+    fields = {"actions": actions, "rewards": zeros, "old_log_probs": torch.zeros(ROWS, num_actions)}
+    fields |= {"advantages": zeros, "returns": zeros, "mask": torch.ones(ROWS)}
+    batch = script.Minibatch(*(fields[name] for name in script.Minibatch._fields))
+    with FlopCounterMode(display=False) as update:
+        z = agent.encode(obs)
+        if world_model:
+            extra = (z[FRAMES - ROWS :], actions, torch.zeros(ROWS, 7, 7, 64, 5))
+        loss, _ = script.compute_loss(agent, batch, z[:ROWS], *(extra if world_model else ()), args)
+        loss.backward()
+    with FlopCounterMode(display=False) as rollout, torch.no_grad():
+        agent.policy_and_value(agent.encode(obs[:128]))
+    return MINIBATCHES * update.get_total_flops() + 9 * rollout.get_total_flops()
+
+
+def describe_machine() -> str:
+    """Processor, cores, matrix units and versions, as one cell."""
+    features = torch.cpu.get_capabilities()
+    units = [name for name in ("amx_bf16", "avx512_bf16") if features.get(name)] or ["no bf16 units"]
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    return f"{features['cpu_name']}, {os.cpu_count()} cores, {' '.join(units)}, {versions}"
+
+
+def main() -> None:
+    """Run the rounds and write the table after each, so that what was measured is kept."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.throughput", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="times that each case is run")
+    parser.add_argument("--cases", nargs="+", choices=cases(), default=list(cases()), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    machine, rows = describe_machine(), []
+    for number in range(arguments.rounds):
+        for name in arguments.cases if number % 2 == 0 else reversed(arguments.cases):
+            result = run(cases()[name])
+            rows += [{"round": number + 1, "case": name, "measure": m, "value": f"{v:.5g}"} for m, v in result.items()]
+            print(f"round {number + 1}: {name}: {result['sps']:.0f} steps/s", flush=True)
+        for num_actions in GAMES:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmark.throughput", "stages", str(num_actions)],
+                cwd=ROOT, check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            result = json.loads(done.stdout.splitlines()[-1])
+            case = f"stages A={num_actions}"
+            rows += [{"round": number + 1, "case": case, "measure": m, "value": f"{v:.5g}"} for m, v in result.items()]
+        with open(arguments.out, "w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], "machine"], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row | {"machine": machine} for row in rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["learner"]:
+        learner(sys.argv[2], sys.argv[3:])
+    elif sys.argv[1:2] == ["stages"]:
+        print(json.dumps(stages(int(sys.argv[2]))))
+    else:
+        main()

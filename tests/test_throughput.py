@@ -1,0 +1,84 @@
+"""The plain form is the fast form but for rounding; and what the table of speeds says is what was measured."""
+
+import csv
+
+import pytest
+import torch
+import tyro
+
+import deep_spi_ppo_atari
+import ppo_baseline
+from benchmark import plain, throughput, throughput_figures
+
+
+@pytest.mark.parametrize("script", [ppo_baseline, deep_spi_ppo_atari])
+def test_plain_form_trains_to_the_same_weights(script, monkeypatch, tmp_path):
+    """One iteration, 16 updates, on Pong. Rounding differs, and Adam takes full steps where a gradient is rounding."""
+    small = "--num-envs 4 --num-steps 8 --total-timesteps 32 --chunk-length 1 --device cpu --seed 3"
+
+    def weights(name):
+        flags = [*small.split(), "--runs-dir", str(tmp_path), "--run-name", name]
+        script.train(tyro.cli(script.Args, args=flags))
+        return torch.load(tmp_path / name / "agent.pt", weights_only=True)
+
+    torch.manual_seed(3)
+    start = dict(script.Agent(6, *(("exact", torch.Generator()) if script is deep_spi_ppo_atari else ())).state_dict())
+    fast = weights("fast")
+    monkeypatch.setattr(script, "Agent", script.Agent)  # so that both are put back after the test
+    monkeypatch.setattr(deep_spi_ppo_atari, "TransitionModel", deep_spi_ppo_atari.TransitionModel)
+    plain.make_plain(script)
+    same = weights("plain")
+    assert fast.keys() == same.keys()
+    for name in ("encoder.0.weight", "encoder.4.weight", "fc.weight", "actor.weight", "critic.weight"):
+        moved = (fast[name] - start[name]).norm()
+        assert (fast[name] - same[name]).norm() < 0.02 * moved, name
+
+
+def test_frozen_games_are_like_the_real_ones():
+    args = ppo_baseline.Args(num_envs=3)
+    real, frozen = ppo_baseline.make_envs(args), throughput.FrozenEnvs(args)
+    assert real.reset()[0].shape == frozen.reset()[0].shape
+    actions = torch.zeros(3, dtype=torch.int32).numpy()
+    for ours, theirs in zip(frozen.step(actions)[:4], real.step(actions)[:4], strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert throughput.FrozenEnvs(args).info.keys() <= real.step(actions)[4].keys()
+
+
+def test_ratios_are_of_cases_that_are_measured():
+    measured = {*throughput.cases(), "stable_baselines3 A=6", *(f"stages A={a}" for a in throughput.GAMES)}
+    for above, below in throughput_figures.RATIOS.values():
+        assert {above[0], below[0]} <= measured
+
+
+def test_tables_of_two_rounds(tmp_path):
+    """Ratios are taken round by round: 2 and 4, so 3; not 30/10.5."""
+    values = {("ppo_baseline A=6", "sps"): (20, 40), ("stable_baselines3 A=6", "sps"): (10, 10)}
+    values |= {("ppo_baseline A=6", "peak_memory_gb"): (1, 1.5), ("ppo_baseline A=6", "start_up_s"): (8, 8)}
+    values |= {("stages A=6", "ppo_flops"): (2e12, 2e12), ("stages A=6", "matrix_flops_per_s"): (1e11, 1e11)}
+    values |= {("stages A=6", "environment_sps"): (1024, 1024)}
+    values |= {("stable_baselines3 A=6", name): (1, 1) for name in ("peak_memory_gb", "start_up_s")}
+    with open(tmp_path / "throughput.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("round", "case", "measure", "value"))
+        table.writerows((i + 1, *key, pair[i]) for key, pair in values.items() for i in (0, 1))
+    ratios = throughput_figures.ratio_table(tmp_path)
+    assert "Stable-Baselines3's PPO, A = 6 | 3.00 | 2.00 to 4.00 | 2 |" in ratios
+    assert "learner, A = 18 : A = 4 | not measured" in ratios
+    # (2e12 / 1e11 + 1 second) at best, 1024 / 30 seconds measured
+    assert "| ppo_baseline A=6 | 30 | 1.25 | 8.0 | 62 % |" in throughput_figures.speed_table(tmp_path)
+
+
+def test_operations_grow_with_the_world_model_but_not_with_the_actions():
+    ppo, deep_spi = (throughput.iteration_flops(script, 6) for script in (ppo_baseline, deep_spi_ppo_atari))
+    frame = 2 * (20 * 20 * 32 * 256 + 9 * 9 * 64 * 512 + 7 * 7 * 64 * 576)  # of the three convolutions
+    assert ppo > 3 * 16 * 256 * frame - 16 * 256 * 2 * 20 * 20 * 32 * 256  # no gradient for the frames themselves
+    assert 1.3 * ppo < deep_spi < 2.5 * ppo
+    assert throughput.iteration_flops(deep_spi_ppo_atari, 18) < 1.01 * deep_spi
+
+
+@pytest.mark.slow
+def test_one_case_from_start_to_end():
+    result = throughput.run(throughput.Case(("ppo_baseline.py", "--num-envs", "128", "--num-steps", "8"), 6, 1))
+    assert 10 < result["sps"] < 1e5 and 0 < result["start_up_s"] < 200 and 0.3 < result["peak_memory_gb"] < 5
+    with pytest.raises(RuntimeError, match="at least 1"):
+        throughput.run(throughput.Case(("ppo_baseline.py", "--num-envs", "0"), 6, 1))
