@@ -14,6 +14,8 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CURVE_PARTS, METRIC_PARTS = 50, 10
+NAMES_OF_A_RUN = ("env_id", "seed", "runs_dir", "run_name", "track")  # arguments with a column of their own, or none
+CIRCUMSTANCES = ("device", "precision", "torch_threads", "machine", "git_commit")  # of config.json, beside `versions`
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -47,8 +49,20 @@ def parts(steps: np.ndarray, values: np.ndarray, last_step: int, count: int) -> 
 
 def settings_text(args: dict) -> str:
     """A run's settings as one cell: every argument but those that name the run."""
-    own_columns = ("env_id", "seed", "runs_dir", "run_name", "track")
-    return " ".join(f"{name}={value}" for name, value in args.items() if name not in own_columns)
+    return " ".join(f"{name}={value}" for name, value in args.items() if name not in NAMES_OF_A_RUN)
+
+
+def circumstances(config: dict) -> dict:
+    """What a run was computed with and on, as cells of a table."""
+    versions = " ".join(f"{name}={version}" for name, version in config["versions"].items())
+    return {name: config[name] for name in CIRCUMSTANCES} | {"versions": versions}
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile-bootstrap interval of the mean over seeds, values (seeds, ...) → low, high (...)."""
+    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5], axis=0)
+    return low, high
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -57,6 +71,12 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_table(path: Path, rows: list[dict], runs: set[tuple]) -> None:
@@ -91,11 +111,7 @@ def collect(runs_dir: Path, out: Path) -> int:
             "minutes": f"{last_step / sps / 60:.2f}",
             "sps": f"{sps:.0f}",
         }
-        circumstances = {
-            name: config[name] for name in ("device", "precision", "torch_threads", "machine", "git_commit")
-        }
-        circumstances["versions"] = " ".join(f"{name}={version}" for name, version in config["versions"].items())
-        summary.append(key | result | circumstances | {"settings": settings_text(args)})
+        summary.append(key | result | circumstances(config) | {"settings": settings_text(args)})
         for step, value in parts(episodes[:, 0], episodes[:, 1], last_step, CURVE_PARTS):
             curves.append(key | {"step": step, "mean_return": f"{value:.3f}"})
         for tag, (steps, values) in events.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmark.collect import read_table
+from benchmark.collect import bootstrap_interval, markdown, read_table
 from benchmark.control import THRESHOLDS
 
 matplotlib.use("Agg")
@@ -18,19 +18,6 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-
-
-def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile-bootstrap interval of the mean over seeds, values (seeds, ...) → low, high (...)."""
-    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    means = np.stack([values[pick].mean(axis=0) for pick in picks])
-    return np.percentile(means, 2.5, axis=0), np.percentile(means, 97.5, axis=0)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def control_table() -> str:

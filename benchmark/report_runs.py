@@ -1,0 +1,162 @@
+"""A suite's runs, as benchmark.run left them, for benchmark.report; and what is known of the 57 games."""
+
+import functools
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmark.collect import CIRCUMSTANCES
+from benchmark.learning_curve import running_mean
+
+WINDOW = 100  # episodes
+CURVE_POINTS = 50
+
+Key = tuple[str, str, int]  # algorithm, task, seed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. Scores are nan if no episode has ended."""
+
+    algorithm: str
+    task: str  # the folder's name: an environment, or an environment with a setting
+    seed: int
+    config: dict  # config.json
+    done: dict  # done.json: steps, minutes, sps
+    ends: np.ndarray  # (episodes,) steps at which episodes ended
+    returns: np.ndarray  # (episodes,)
+    last: float  # mean return of the last 100 episodes
+    best_window: float  # largest mean return of 100 consecutive episodes
+    best_episode: float  # largest return
+
+    @property
+    def key(self) -> Key:
+        return self.algorithm, self.task, self.seed
+
+    @property
+    def game(self) -> str:
+        """`Pong` of `Pong-v5`."""
+        return re.sub(r"-v\d+$", "", self.config["args"]["env_id"])
+
+    @property
+    def episodes(self) -> int:
+        return len(self.returns)
+
+    def normalised(self, score: np.ndarray) -> np.ndarray:
+        """On the scale on which a random player has 0 and the human 1. Raises KeyError if nobody knows these."""
+        known = read_known_scores()[self.game]
+        return (score - known["random"]) / (known["human"] - known["random"])
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a suite's folder holds."""
+
+    runs: list[Run]
+    plan: list[Key] | None  # the runs to expect
+    unfinished: list[Key]  # without done.json
+    unreadable: dict[str, str]  # finished, but not to be trusted: folder → why
+    broken: int  # folders that the launcher moved aside
+
+    @functools.cached_property
+    def algorithms(self) -> list[str]:
+        return list(dict.fromkeys(run.algorithm for run in self.runs))
+
+    @functools.cached_property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(run.task for run in self.runs))
+
+    @functools.cached_property
+    def scored_tasks(self) -> list[str]:
+        """Tasks that are games with known scores."""
+        games = {run.task: run.game for run in self.runs}
+        return [task for task, game in games.items() if game in read_known_scores()]
+
+    def name(self, keys: Iterable[Key]) -> str:
+        """Runs in few words, see `name_runs`."""
+        return name_runs(keys, {*self.tasks, *(task for _, task, _ in self.plan or [])})
+
+
+def name_runs(keys: Iterable[Key], tasks: Iterable[str]) -> str:
+    """Runs in few words: `ppo (seeds 1, 2 of Pong, Boxing; seed 3 of every task)`, every one of `tasks`."""
+    seeds = defaultdict(list)
+    for algorithm, task, seed in sorted(set(keys)):
+        seeds[algorithm, task].append(str(seed))
+    alike = defaultdict(lambda: defaultdict(list))  # algorithm → seeds → tasks that have just these
+    for (algorithm, task), own in seeds.items():
+        alike[algorithm][tuple(own)].append(task)
+    texts = []
+    for algorithm, groups in alike.items():
+        parts = []
+        for own, where in groups.items():
+            where = "every task" if len(where) > 1 and set(where) == set(tasks) else ", ".join(where)
+            parts.append(f"seed{'s' if len(own) > 1 else ''} {', '.join(own)} of {where}")
+        texts.append(f"{algorithm} ({'; '.join(parts)})")
+    return ", ".join(texts)
+
+
+@functools.cache
+def read_known_scores() -> dict[str, dict[str, float]]:
+    """Per game: `random` and `human` score and `published_ppo`, with source in the file's header."""
+    return pd.read_csv(Path(__file__).with_name("atari57_scores.csv"), comment="#", index_col="game").to_dict("index")
+
+
+def curve_of(ends: np.ndarray, returns: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Mean return of the last 100 episodes that had ended by each of `points` (p,): of those there were, or nan."""
+    means = np.concatenate(([np.nan], running_mean(returns, WINDOW)))
+    return means[np.searchsorted(ends, points, side="right")]
+
+
+def curve_points(runs: Iterable[Run]) -> np.ndarray:
+    """Equally spaced steps up to the end of the shortest run, (CURVE_POINTS,)."""
+    return np.linspace(0, min(run.done["steps"] for run in runs), CURVE_POINTS + 1)[1:]
+
+
+def read_run(folder: Path) -> Run:
+    """A finished run with its scores. Raises FileNotFoundError, or ValueError for files that cannot be right."""
+    config, done = (json.loads((folder / name).read_text()) for name in ("config.json", "done.json"))
+    if lacking := {"script", "args", "versions", *CIRCUMSTANCES} - config.keys():
+        raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
+    columns = {"global_step": "int64", "return": "float64"}
+    table = pd.read_csv(folder / "episodes.csv", usecols=list(columns), dtype=columns)
+    ends, returns = table["global_step"].to_numpy(), table["return"].to_numpy()
+    if (np.diff(ends) < 0).any():
+        raise ValueError("in episodes.csv steps go back, as if two runs had written it")
+    scores = [np.nan] * 3
+    if len(returns):
+        whole_windows = running_mean(returns, WINDOW)[min(WINDOW, len(returns)) - 1 :]
+        scores = [returns[-WINDOW:].mean(), whole_windows.max(), returns.max()]
+    algorithm, task, seed = folder.parts[-3:]
+    return Run(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores))
+
+
+def read_results(suite: Path) -> Results:
+    """Every run of a suite, in the plan's order (else by name). An unreadable one is kept apart, with the reason."""
+    plan = None
+    if (suite / "plan.json").exists():
+        rows = json.loads((suite / "plan.json").read_text())
+        plan = [(row["algorithm"], row["label"], int(row["seed"])) for row in rows]
+    runs, unfinished, unreadable = [], [], {}
+    for folder in sorted(suite.glob("*/*/*")):
+        algorithm, task, seed = folder.parts[-3:]
+        if not seed.isdecimal():
+            continue
+        if not (folder / "done.json").exists():
+            unfinished.append((algorithm, task, int(seed)))
+            continue
+        try:
+            runs.append(read_run(folder))
+        except FileNotFoundError as error:
+            unreadable[f"{algorithm}/{task}/{seed}"] = f"there is no {Path(error.filename).name}"
+        except ValueError as error:
+            unreadable[f"{algorithm}/{task}/{seed}"] = str(error)
+    names = list(dict.fromkeys(name for algorithm, task, _ in plan or [] for name in (algorithm, task)))
+    rank = {name: i for i, name in enumerate(names)}
+    runs.sort(key=lambda run: (rank.get(run.algorithm, len(rank)), rank.get(run.task, len(rank)), run.key))
+    return Results(runs, plan, unfinished, unreadable, broken=len(list(suite.glob("*/*/*.broken-*"))))

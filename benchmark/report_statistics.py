@@ -1,0 +1,151 @@
+"""The report's statistics with their 95 % intervals, and as cells of its tables.
+
+Those over games are rliable's (Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice,
+NeurIPS 2021).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from rliable import library, metrics
+
+from benchmark.collect import bootstrap_interval
+from benchmark.report_runs import Run, name_runs
+
+METRICS = ("IQM", "median", "mean", "optimality gap")
+
+
+class Rectangle(NamedTuple):
+    """Which runs enter a comparison over tasks: rliable needs every seed of an algorithm on every task."""
+
+    tasks: list[str]
+    seeds: dict[str, list[int]]  # algorithm → seeds that have every task; empty if there is nothing to compare
+    remarks: list[str]  # what was left out for it
+
+
+def choose_rectangle(runs: list[Run], tasks: list[str], purpose: str) -> Rectangle:
+    """Of `tasks`, those on which every algorithm has a run, and per algorithm the seeds that have all of them."""
+    has = defaultdict(set)
+    for run in runs:
+        if run.episodes:
+            has[run.algorithm, run.task].add(run.seed)
+    algorithms = list(dict.fromkeys(run.algorithm for run in runs))
+    kept, seeds, remarks = [], {}, []
+    for task in tasks:
+        without = [algorithm for algorithm in algorithms if not has[algorithm, task]]
+        if without:
+            remarks.append(f"{purpose}: {task} is left out, as {', '.join(without)} has no run of it with an episode.")
+        else:
+            kept.append(task)
+    for algorithm in algorithms if kept else []:
+        everywhere = set.intersection(*(has[algorithm, task] for task in kept))
+        left_out = [(algorithm, task, seed) for task in kept for seed in has[algorithm, task] - everywhere]
+        if left_out:
+            remarks.append(f"{purpose}: left out, as not every task has that seed: {name_runs(left_out, tasks)}.")
+        if everywhere:
+            seeds[algorithm] = sorted(everywhere)
+    return Rectangle(kept, seeds, remarks)
+
+
+def matrices(runs: list[Run], rectangle: Rectangle, value: Callable[[Run], np.ndarray]) -> dict[str, np.ndarray]:
+    """Per algorithm the values of its runs, (seeds, tasks, ...)."""
+    by_key = {run.key: run for run in runs}
+    return {
+        algorithm: np.array([[value(by_key[algorithm, task, seed]) for task in rectangle.tasks] for seed in seeds])
+        for algorithm, seeds in rectangle.seeds.items()
+    }
+
+
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """rliable's IQM over seeds and games at every point at once, (seeds, games, ...) → (...).
+
+    SciPy's trimmed mean, which rliable calls, spends far longer on checks than on scores of this size.
+    """
+    flat = scores.reshape(-1, *scores.shape[2:])
+    cut = len(flat) // 4
+    return np.sort(flat, axis=0)[cut : len(flat) - cut].mean(axis=0)
+
+
+def four_aggregates(scores: np.ndarray) -> np.ndarray:
+    """METRICS of one algorithm, (seeds, games) → (4,)."""
+    others = metrics.aggregate_median, metrics.aggregate_mean, metrics.aggregate_optimality_gap
+    return np.array([interquartile_mean(scores), *(function(scores) for function in others)])
+
+
+def share_above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """rliable's score distribution, all thresholds at once: share of runs above each, (seeds, games) → (t,)."""
+    return (scores.reshape(-1, 1) > thresholds).mean(axis=0)
+
+
+def improvement(scores_x: np.ndarray, scores_y: np.ndarray) -> np.ndarray:
+    """rliable's probability of improvement, all games at once: P(X > Y) + ½ P(X = Y), (seeds, games) twice → (1,)."""
+    x, y = scores_x[:, None], scores_y[None]  # every seed of X against every seed of Y
+    return np.array([(x > y).mean() + 0.5 * (x == y).mean()])
+
+
+class Estimate(NamedTuple):
+    """One or several numbers (n,) and the bounds of their 95 % intervals (n,), nan where a single seed allows none."""
+
+    point: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+Estimates = dict[str, Estimate]  # of each algorithm
+
+
+def bounds(estimated: Estimate, i: int) -> tuple[float, float, float]:
+    """Point, low and high of the i-th number of an estimate."""
+    return estimated.point[i], estimated.low[i], estimated.high[i]
+
+
+def number(value: float) -> str:
+    """A number as a table shows it: four digits, but whole from 1,000 on, and never more than three decimals."""
+    return f"{value:,.{sum(abs(value) < size for size in (10, 100, 1000))}f}"
+
+
+def with_interval(estimated: Estimate, i: int) -> str:
+    """The i-th number of an estimate as a table shows it: `0.510 [0.400, 0.620]`, or the point alone."""
+    point, low, high = bounds(estimated, i)
+    return number(point) if np.isnan(low) else f"{number(point)} [{number(low)}, {number(high)}]"
+
+
+def as_record(estimated: Estimate, i: int, name: str = "point") -> dict:
+    """The i-th number of an estimate as cells of a CSV table."""
+    return dict(zip((name, "low", "high"), bounds(estimated, i), strict=True))
+
+
+def curve_records(x: np.ndarray, estimates: Estimates, name: str) -> list[dict]:
+    """Lines of a CSV table for curves over x (n,), whose column is called `name`."""
+    return [
+        {"algorithm": algorithm, name: x[i]} | as_record(estimated, i)
+        for algorithm, estimated in estimates.items()
+        for i in range(len(x))
+    ]
+
+
+def estimate(scores: dict, statistic: Callable[..., np.ndarray], resamples: int) -> Estimates:
+    """rliable's stratified bootstrap of `statistic` per entry: one matrix (seeds, games, ...), or a list of them."""
+    estimates = {}
+    for name, entry in scores.items():
+        arrays = entry if isinstance(entry, list) else [entry]
+        if min(len(array) for array in arrays) < 2:
+            estimates[name] = without_interval(statistic(*arrays))
+            continue
+        np.random.seed(0)  # rliable draws from numpy's global generator and from no other
+        points, intervals = library.get_interval_estimates({name: entry}, statistic, reps=resamples)
+        estimates[name] = Estimate(points[name], *intervals[name])
+    return estimates
+
+
+def mean_over_seeds(values: np.ndarray, resamples: int) -> Estimate:
+    """Mean over seeds with its percentile-bootstrap interval, (seeds, n) → (n,)."""
+    mean = values.mean(axis=0)
+    return Estimate(mean, *bootstrap_interval(values, resamples)) if len(values) > 1 else without_interval(mean)
+
+
+def without_interval(point: np.ndarray) -> Estimate:
+    """What a single seed says."""
+    return Estimate(point, *np.full((2, *point.shape), np.nan))

@@ -1,0 +1,132 @@
+"""What is missing or uneven in a suite's runs: all that keeps the report's numbers from meaning what they seem to."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from benchmark.collect import CIRCUMSTANCES, NAMES_OF_A_RUN
+from benchmark.report_runs import WINDOW, Key, Results
+
+
+def remarks_on(results: Results) -> list[str]:
+    """A sentence for each."""
+    checks = missing_runs, left_out_runs, uneven_lengths, few_episodes, uneven_seeds, mixed_circumstances, unknown_games
+    return [remark for check in checks for remark in check(results)]
+
+
+def missing_runs(results: Results) -> list[str]:
+    """Runs that should be there and are not, and those that are there and should not."""
+    remarks, there = [], {run.key for run in results.runs}
+    expected = set(results.plan or [])
+    if results.plan is None:
+        seeds = {run.seed for run in results.runs}
+        expected = {(a, t, seed) for a in results.algorithms for t in results.tasks for seed in seeds}
+        every = "every algorithm on every task with every seed found anywhere"
+        remarks.append(f"There is no plan.json: expected is {every}.")
+    if missing := expected - there:
+        remarks.append(f"Missing: {len(missing)} of {len(expected)} expected runs: {results.name(missing)}.")
+    if there - expected:
+        remarks.append(f"Not in the plan, and averaged with the rest: {results.name(there - expected)}.")
+    return remarks
+
+
+def left_out_runs(results: Results) -> list[str]:
+    """Folders that were not read, or not believed."""
+    remarks = []
+    if results.unfinished:
+        remarks.append(f"Left out, as unfinished (no done.json): {results.name(results.unfinished)}.")
+    for folder, reason in results.unreadable.items():
+        remarks.append(f"Left out, as its files cannot be right: {folder}: {reason}.")
+    if results.broken:
+        remarks.append(f"Folders moved aside as broken, and left out: {results.broken}.")
+    return remarks
+
+
+def uneven_lengths(results: Results) -> list[str]:
+    """Runs of one task that differ in steps, and runs that are not as long as their settings say."""
+    remarks, other_than_meant = [], []
+    for task in results.tasks:
+        own = sorted((run.done["steps"], run.key) for run in results.runs if run.task == task)
+        groups = grouped(results, ((f"{steps:,} steps", key) for steps, key in own))
+        if len(groups) > 1:
+            scoring = "each scored at its own end, curves cut at the shortest"
+            remarks.append(f"Unequal lengths of {task}, {scoring}: {'; '.join(groups)}.")
+    for run in results.runs:
+        args, steps = run.config["args"], run.done["steps"]
+        rollout = args.get("num_envs", 1) * args.get("num_steps", 1)  # a run is a whole number of these
+        if abs(steps - args["total_timesteps"]) >= rollout:
+            other_than_meant.append((f"{steps:,} steps, not {args['total_timesteps']:,}", run.key))
+    what = "Not of the length meant, and averaged with the rest"
+    return remarks + [f"{what}: {group}." for group in grouped(results, other_than_meant)]
+
+
+def few_episodes(results: Results) -> list[str]:
+    """Runs in which fewer than 100 episodes ended."""
+    none = [run.key for run in results.runs if run.episodes == 0]
+    few = {run.key: run.episodes for run in results.runs if 0 < run.episodes < WINDOW}
+    remarks = [f"No episode ended, so there is no score: {results.name(none)}."] if none else []
+    if few:
+        what = f"Fewer than {WINDOW} episodes (at least {min(few.values())}), scored by those there are"
+        remarks.append(f"{what}: {results.name(few)}.")
+    return remarks
+
+
+def uneven_seeds(results: Results) -> list[str]:
+    """Which seeds there are, if algorithms and tasks do not all have the same; and where there is only one."""
+    seeds = defaultdict(set)
+    for algorithm, task, seed in (run.key for run in results.runs):
+        seeds[algorithm, task].add(seed)
+    remarks = []
+    if any(own != seeds[results.runs[0].key[:2]] for own in seeds.values()):
+        remarks.append(f"Seeds are not the same everywhere: {results.name(run.key for run in results.runs)}.")
+    if single := [run.key for run in results.runs if len(seeds[run.key[:2]]) == 1]:
+        why = "resampling one run can only return that run"
+        remarks.append(f"Only one seed, so no interval, as {why}: {results.name(single)}.")
+    return remarks
+
+
+def mixed_circumstances(results: Results) -> list[str]:
+    """Circumstances that differ anywhere, code that no commit names, settings that differ within an algorithm."""
+    circumstances, inexact, settings = {}, [], defaultdict(dict)
+    for run in results.runs:
+        versions = {f"version of {name}": version for name, version in run.config["versions"].items()}
+        circumstances[run.key] = {name: run.config[name] for name in CIRCUMSTANCES} | versions
+        commit = run.config["git_commit"]
+        if commit is None or commit.endswith("-dirty"):
+            what = "no commit recorded" if commit is None else "files that differ from the commit (`-dirty`)"
+            inexact.append((what, run.key))
+        own_names = (*NAMES_OF_A_RUN, "total_timesteps")  # whose unevenness has remarks of its own
+        args = {name: value for name, value in run.config["args"].items() if name not in own_names}
+        settings[run.algorithm][run.key] = {"script": run.config["script"]} | args
+    remarks = mixed(results, circumstances)
+    remarks += [f"Code not exactly known, {group}." for group in grouped(results, inexact)]
+    for algorithm, own in settings.items():
+        remarks += [f"{algorithm}: {remark}" for remark in mixed(results, own)]
+    return remarks
+
+
+def mixed(results: Results, values: dict[Key, dict]) -> list[str]:
+    """Every named value that is not the same in all of these runs, and which runs have which."""
+    remarks = []
+    for name in dict.fromkeys(name for own in values.values() for name in own):
+        texts = {key: f"`{own.get(name, '(absent)')}`" for key, own in values.items()}
+        groups = grouped(results, ((text, key) for key, text in texts.items()))
+        if len(groups) > 1:
+            pairs = {(key[1], text) for key, text in texts.items()}
+            by_task = len(pairs) == len({task for task, _ in pairs})  # no task has two values: a suite may mean it
+            remarks.append(f"{'Not the same on every task:' if by_task else 'Mixed'} {name}: {'; '.join(groups)}.")
+    return remarks
+
+
+def grouped(results: Results, pairs: Iterable[tuple[str, Key]]) -> list[str]:
+    """Per text, the runs that have it: `1,280 steps: ppo (seed 1 of Pong)`."""
+    groups = defaultdict(list)
+    for text, key in pairs:
+        groups[text].append(key)
+    return [f"{text}: {results.name(keys)}" for text, keys in groups.items()]
+
+
+def unknown_games(results: Results) -> list[str]:
+    """Tasks that cannot be normalised."""
+    unknown = [task for task in results.tasks if task not in results.scored_tasks]
+    what = "No random and human score known, so raw returns only, in no aggregate"
+    return [f"{what}: {', '.join(unknown)}."] if unknown else []
