@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := CartPole-v1__$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test test-slow control figures atari-200k theory
+.PHONY: train test test-slow control figures atari-200k theory throughput benchmark-smoke
 
 train: .venv/.train  ## solve CartPole-v1 with Deep SPI and draw the learning curve
 	.venv/bin/python deep_spi_ppo.py --run-name $(RUN)
@@ -14,7 +14,7 @@ test: .venv/.test  ## lint and the fast tests
 	.venv/bin/python -m pytest -q -m "not slow"
 
 test-slow: .venv/.test  ## the longer checks
-	.venv/bin/python -m pytest -q -m slow
+	.venv/bin/python -m pytest -q -rs -m slow
 
 control: .venv/.train  ## the three control tasks, 10 seeds each; finished runs are skipped
 	.venv/bin/python -m benchmark.control
@@ -32,6 +32,13 @@ theory: .venv/.train  ## README's pictures of the theory
 	.venv/bin/python safe_policy_improvement.py --out-dir runs/theory
 	mkdir -p benchmark/results/theory && cp runs/theory/*.png benchmark/results/theory/
 
+throughput: .venv/.benchmark  ## the speeds in README; leave the machine alone meanwhile
+	.venv/bin/python -m benchmark.throughput
+
+benchmark-smoke: .venv/.benchmark  ## a small suite, from runs to report
+	.venv/bin/python -m benchmark.run --suite smoke --workers 2
+	.venv/bin/python -m benchmark.report runs/benchmark/smoke
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -39,6 +46,10 @@ theory: .venv/.train  ## README's pictures of the theory
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/.test: requirements.txt requirements-dev.txt | .venv/bin/python
+.venv/.benchmark: requirements.txt requirements-benchmark.txt | .venv/bin/python
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-benchmark.txt
+	touch $@
+
+.venv/.test: requirements.txt requirements-benchmark.txt requirements-dev.txt | .venv/bin/python
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

@@ -19,18 +19,18 @@ from pathlib import Path
 
 import deep_spi_ppo
 from benchmark.collect import collect, is_finished, read_table, settings_text
+from benchmark.suites import CONTROL_STEPS
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "control"
 RESULTS = ROOT / "benchmark" / "results" / "control"
-TASKS = {"CartPole-v1": 200_000, "Acrobot-v1": 200_000, "LunarLander-v3": 1_500_000}  # steps
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "LunarLander-v3": 200.0}
 SEEDS = range(1, 11)
 
 
 def has_result(env_id: str, seed: int) -> bool:
     """Whether the committed table has this run, made with today's defaults."""
-    settings = settings_text(vars(deep_spi_ppo.Args(total_timesteps=TASKS[env_id])))
+    settings = settings_text(vars(deep_spi_ppo.Args(total_timesteps=CONTROL_STEPS[env_id])))
     key = {"env_id": env_id, "seed": str(seed), "settings": settings}
     return any(key.items() <= row.items() for row in read_table(RESULTS.with_suffix(".csv")))
 
@@ -42,7 +42,7 @@ def run(env_id: str, seed: int) -> None:
         return
     if run_dir.exists():
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{int(time.time())}"))
-    flags = [f"--env-id={env_id}", f"--seed={seed}", f"--total-timesteps={TASKS[env_id]}"]
+    flags = [f"--env-id={env_id}", f"--seed={seed}", f"--total-timesteps={CONTROL_STEPS[env_id]}"]
     folder = [f"--runs-dir={RUNS}", f"--run-name={run_dir.name}"]
     command = [sys.executable, str(ROOT / "deep_spi_ppo.py"), *flags, *folder]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmark.control", description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: one per core)")
     with ThreadPoolExecutor(parser.parse_args().workers) as pool:
-        futures = [pool.submit(run, env_id, seed) for env_id in TASKS for seed in SEEDS]
+        futures = [pool.submit(run, env_id, seed) for env_id in CONTROL_STEPS for seed in SEEDS]
     print(f"{collect(RUNS, RESULTS)} runs made; results in {RESULTS.relative_to(ROOT)}*.csv")
     for future in futures:  # a failed run makes the study fail, after the others have been kept
         future.result()

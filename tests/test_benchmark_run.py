@@ -1,0 +1,390 @@
+"""The launcher: what it refuses, skips, makes again, and that no kill loses or doubles a run.
+
+All but one test use a training script that does nothing but write the files of one, so that they take no time.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import envpool
+import pytest
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from benchmark import run as launcher
+from benchmark.suites import ATARI57_GAMES, SUITES
+
+ROOT = Path(__file__).parent.parent
+STEPS = launcher.steps_of({"total_timesteps": SUITES["smoke"].tasks[0].total_timesteps})
+
+FAKE_SCRIPT = """
+import fcntl, json, pathlib, shutil, sys, time
+from dataclasses import dataclass, fields
+
+@dataclass
+class Args:
+    seed: int = 1
+    env_id: str = ""
+    total_timesteps: int = 1
+    learning_rate: float = 0.1
+    seconds: float = 0.0
+    behaviour: str = "well"
+    bad_seed: int = 0
+    anneal: bool = True
+    runs_dir: str = "runs"
+    run_name: str = ""
+
+if __name__ == "__main__":
+    here = pathlib.Path(__file__).parent
+    given = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
+    args = Args(**{f.name: f.type(given[f.name.replace("_", "-")]) for f in fields(Args)
+                   if f.name.replace("_", "-") in given}, anneal="--no-anneal" not in sys.argv)
+    behaviour = args.behaviour if args.bad_seed in (0, args.seed) else "well"
+    run_dir = pathlib.Path(args.runs_dir) / args.run_name
+    run_dir.mkdir(parents=True)
+    alone = open(here / f"{run_dir.parents[1].name}-{args.seed}.alone", "w")
+    try:
+        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        (here / "two at a time").touch()
+    with open(here / "starts", "a") as starts:
+        starts.write(f"{args.seed}\\n")
+    (run_dir / "config.json").write_text(json.dumps({"script": "fake.py", "args": vars(args)}))
+    (run_dir / "episodes.csv").write_text("global_step,return,length\\n")
+    time.sleep(args.seconds)
+    if behaviour == "fail":
+        sys.exit("the world model has melted")
+    if behaviour != "silent":
+        events = "short" if behaviour == "short" else "whole"
+        shutil.copy(here / events, run_dir / "events.out.tfevents.1")
+    if behaviour != "weightless":
+        (run_dir / "agent.pt").write_text("weights")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The path of the fake script; it appends its seed to `starts` beside it whenever it is started."""
+    for name, step in (("whole", STEPS), ("short", STEPS // 2)):
+        writer = RecordWriter(open(tmp_path / name, "wb"))
+        value = Summary.Value(tag="charts/SPS", simple_value=1000.0)
+        writer.write(Event(step=step, summary=Summary(value=[value])).SerializeToString())
+        writer.close()
+    path = tmp_path / "fake.py"
+    path.write_text(FAKE_SCRIPT)
+    return path
+
+
+def starts(script: Path) -> list[str]:
+    """The seeds of all runs started so far, in order."""
+    path = script.with_name("starts")
+    return path.read_text().split() if path.exists() else []
+
+
+def words(script: Path, settings: str = "", seeds: int = 1) -> list[str]:
+    """A command line that runs the fake script as algorithm `fake` into `results` beside it."""
+    algorithm = f"fake={script}:{settings}" if settings else f"fake={script}"
+    results = f"--results={script.parent / 'results'}"
+    return ["--suite=smoke", "--algorithms", algorithm, f"--seeds={seeds}", results]
+
+
+def planned(script: Path, settings: str = "") -> launcher.Work:
+    """The one run of `words`, ready to be made."""
+    suite = SUITES["smoke"]
+    algorithms = dict([launcher.parse_algorithm(words(script, settings)[2], suite)])
+    (run,) = launcher.make_plan(suite, algorithms, seeds=1)
+    run_dir = script.parent / "results" / "smoke" / run.name
+    return launcher.Work(run, run_dir, launcher.settings_of(run), {})
+
+
+def refusal(capsys, given: list[str]) -> str:
+    """The one line with which the launcher refuses a command line."""
+    with pytest.raises(SystemExit) as refused:
+        launcher.main(given)
+    assert refused.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# ---- The plan
+
+
+def test_every_suite_is_accepted_by_its_scripts():
+    for suite in SUITES.values():
+        for run in launcher.make_plan(suite, suite.algorithms, seeds=1):
+            args = launcher.script_args(run.script)(**launcher.settings_of(run))
+            sys.modules[type(args).__module__].check_args(args)
+
+
+def test_atari57_is_57_games_that_envpool_has():
+    assert len(set(ATARI57_GAMES)) == 57
+    assert {task.env_id for task in SUITES["atari57"].tasks} <= set(envpool.list_all_envs())
+
+
+def test_folders_are_deterministic_and_differ():
+    suite = SUITES["control"]
+    plan = launcher.make_plan(suite, suite.algorithms, seeds=2)
+    assert plan == launcher.make_plan(suite, suite.algorithms, seeds=2)
+    assert len({run.name for run in plan}) == len(plan) == 3 * 6 * 2
+    sticky = next(run for run in plan if run.name == "additive/CartPole-v1-sticky0.25/2")
+    assert (sticky.env_id, sticky.flags) == ("CartPole-v1", {"sticky": 0.25, "loss_placement": "additive"})
+
+
+def test_settings_are_typed_and_switches_are_understood(script):
+    work = planned(script, "learning-rate=1,anneal=False")
+    assert (work.settings["learning_rate"], work.settings["anneal"]) == (1.0, False)
+    assert launcher.flag_words(work.run.flags) == ["--learning-rate=1", "--no-anneal"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--suite=atari58"], ("--suite", "'atari58'", "atari57")),
+        (["--suite=smoke", "--algorithms", "dqn"], ("--algorithms", "'dqn'", "deep_spi")),
+        (["--suite=smoke", "--algorithms", "x=no_such.py"], ("--algorithms", "no_such.py")),
+        (["--suite=smoke", "--algorithms", "a/b=deep_spi_ppo.py"], ("--algorithms", "letters")),
+        (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py:gamma"], ("--algorithms", "FLAG=VALUE", "'gamma'")),
+        (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py:clip=1"], ("--algorithms", "'clip'", "clip_coef")),
+        (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py:seed=7"], ("--algorithms", "'seed'")),
+        (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py:gamma=abc"], ("--algorithms", "--gamma=abc", "--help")),
+        (["--suite=smoke", "--algorithms", "x=tests/launch.py"], ("--algorithms", "launch.py", "Args")),
+        (["--suite=smoke", "--seeds=0"], ("--seeds", "0", "at least 1")),
+        (["--suite=smoke", "--workers=0"], ("--workers", "0", "at least 1")),
+        (["--suite=smoke", "--executor=pbs"], ("--executor", "'pbs'", "slurm")),
+        (["--suite=smoke", "--gpus-per-task=-1"], ("--gpus-per-task", "-1", "at least 0")),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(capsys, flags, named):
+    line = refusal(capsys, flags)
+    assert all(part in line for part in named), line
+
+
+def test_slurm_where_there_is_none_is_refused(capsys, monkeypatch, script):
+    monkeypatch.setenv("PATH", "")
+    line = refusal(capsys, [*words(script), "--executor=slurm"])
+    assert "--executor" in line and "sbatch" in line and "local" in line
+    assert launcher.main([*words(script), "--executor=slurm", "--dry-run"]) == 0
+
+
+def test_dry_run_prints_plan_and_estimate_and_writes_nothing(capsys, script):
+    results = script.parent / "results"
+    flags = ["--suite=smoke", "--seeds=3", f"--results={results}", "--dry-run"]
+    assert launcher.main([*flags, "--algorithms", "ppo", f"fake={script}"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"ppo +CartPole-v1 +3 of 3 seeds to run +40,960 steps .*--reward-loss-coef=0.0", printed)
+    core_hours = 3 * 40_960 / 3800 / 3600
+    assert f"6 runs, 0 finished, 6 to run\nestimate: {core_hours:.2f} core-hours" in printed
+    assert "not in it: 3 runs" in printed
+    assert not results.exists() and starts(script) == []
+
+
+def test_plan_file_keeps_what_was_planned_earlier(script):
+    work = planned(script)
+    path = script.parent / "plan.json"
+    launcher.write_plan(path, [work.run])
+    changed = launcher.Run(**vars(work.run) | {"flags": {"seconds": 1}})
+    other = launcher.Run(**vars(work.run) | {"algorithm": "other"})
+    launcher.write_plan(path, [changed, other])
+    assert [(run["algorithm"], run["flags"]) for run in json.loads(path.read_text())] == [
+        ("fake", {"seconds": 1}),
+        ("other", {}),
+    ]
+
+
+# ---- One run
+
+
+def test_a_finished_run_is_measured_and_never_made_twice(script):
+    work = planned(script)
+    assert launcher.find(work.run_dir, work.run, work.settings).state == "missing"
+    launcher.make_run(*work)
+    done = json.loads((work.run_dir / "done.json").read_text())
+    assert done == {"steps": STEPS, "minutes": pytest.approx(STEPS / 1000 / 60), "sps": 1000.0}
+    launcher.make_run(*work)
+    assert starts(script) == ["1"]
+    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error"),
+    [
+        ("fail", "code 1(.|\n)*the world model has melted"),
+        ("short", f"after {STEPS // 2} of {STEPS} steps"),
+        ("silent", "no charts/SPS"),
+        ("weightless", "no agent.pt"),
+    ],
+)
+def test_an_incomplete_run_is_an_error_and_not_done(script, behaviour, error):
+    work = planned(script, f"behaviour={behaviour}")
+    with pytest.raises(RuntimeError, match=error):
+        launcher.make_run(*work)
+    assert launcher.find(work.run_dir, work.run, work.settings) == ("broken", "it has no done.json")
+
+
+@pytest.mark.parametrize(
+    ("done", "why"),
+    [
+        (None, "it has no done.json"),
+        ("", "not JSON"),
+        ('{"steps": 7, "minutes": 1.0, "sps": 1.0}', f"short: 7 of {STEPS} steps"),
+    ],
+)
+def test_a_broken_run_is_named_moved_aside_and_made_again(script, done, why):
+    work = planned(script)
+    launcher.make_run(*work)
+    (work.run_dir / "done.json").unlink()
+    (work.run_dir / "remains").touch()
+    if done is not None:
+        (work.run_dir / "done.json").write_text(done)
+    found = launcher.find(work.run_dir, work.run, work.settings)
+    assert found.state == "broken" and why in found.why
+    launcher.make_run(*work)
+    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    (aside,) = work.run_dir.parent.glob("1.broken-*")
+    assert (aside / "remains").exists() and not (work.run_dir / "remains").exists()
+
+
+def test_a_finished_run_with_other_settings_is_refused(capsys, script):
+    work = planned(script)
+    launcher.make_run(*work)
+    for settings, change in (
+        ("learning_rate=0.2", "learning_rate is 0.2 and was 0.1"),  # another flag in the plan
+        ("anneal=False", "anneal is False and was True"),
+    ):
+        line = refusal(capsys, words(script, settings))
+        assert "--results" in line and str(work.run_dir) in line and change in line
+    script.write_text(FAKE_SCRIPT.replace("learning_rate: float = 0.1", "learning_rate: float = 0.3"))
+    launcher.script_args.cache_clear(), launcher.parse_flags.cache_clear()
+    line = refusal(capsys, words(script))  # the script has another default now
+    assert "learning_rate is 0.3 and was 0.1" in line
+    with pytest.raises(RuntimeError, match="other settings"):
+        launcher.make_run(*planned(script))
+    assert starts(script) == ["1"]
+
+
+def test_environment_of_a_run(script, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    show = "import os; print({n: os.environ.get(n) for n in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')})\n"
+    script.write_text(FAKE_SCRIPT + f"    {show}")
+    work = planned(script)
+    launcher.make_run(*work[:3], {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": None})
+    log = launcher.log_path(work.run_dir).read_text()
+    assert "{'OMP_NUM_THREADS': '3', 'CUDA_VISIBLE_DEVICES': None}" in log
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a script outlives its worker, and is waited for")
+def test_a_killed_worker_takes_its_script_along_and_frees_the_run(script):
+    work = planned(script, "seconds=60")
+    assert not launcher.is_being_made(work.run_dir)
+    worker = multiprocessing.get_context("spawn").Process(target=launcher.make_run, args=work)
+    worker.start()
+    deadline = time.monotonic() + 30
+    while not starts(script) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert starts(script) == ["1"] and launcher.is_being_made(work.run_dir)
+    worker.kill()
+    worker.join()
+    while launcher.is_being_made(work.run_dir) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not launcher.is_being_made(work.run_dir)
+    assert launcher.find(work.run_dir, work.run, work.settings).state == "broken"
+
+
+# ---- All runs
+
+
+def test_local_runs_to_the_end_names_what_failed_and_continues(script):
+    command = [sys.executable, "-m", "benchmark.run", "--workers=2", *words(script, "behaviour=fail,bad_seed=2", 2)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "FAILED fake/CartPole-v1/2" in done.stderr and "the world model has melted" in done.stderr
+    assert "1 of 2 runs are finished" in done.stdout and "2/2" in done.stderr  # the bar counts runs
+    assert sorted(starts(script)) == ["1", "2"]
+    plan = json.loads((script.parent / "results" / "smoke" / "plan.json").read_text())
+    assert [(run["label"], run["seed"]) for run in plan] == [("CartPole-v1", 1), ("CartPole-v1", 2)]
+
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 1
+    assert "fake/CartPole-v1/2 is broken, will be moved aside" in again.stdout
+    assert sorted(starts(script)) == ["1", "2", "2"]
+
+
+def processes_of(session: int) -> list[int]:
+    """Ids of all living processes of a session."""
+    living = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == session:
+                    living.append(int(entry.name))
+            except ProcessLookupError:  # it ended since the folder was listed
+                continue
+    return living
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_kill_at_random_then_continue(script):
+    chance, seeds, rounds = random.Random(0), 16, 10
+    command = [sys.executable, "-m", "benchmark.run", "--workers=2", *words(script, "seconds=2", seeds)]
+    tasks = script.parent / "results" / "smoke" / "fake" / "CartPole-v1"
+    killed = {"launchers": 0, "workers": 0}
+
+    def kill(pid: int, kind: str) -> None:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            killed[kind] += 1
+        except ProcessLookupError:  # its parent's death took it along, or it ended by itself
+            return
+
+    for _ in range(rounds):
+        started, deadline = len(starts(script)), time.monotonic() + 60
+        launcher_process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+        session = launcher_process.pid
+        while len(starts(script)) == started and time.monotonic() < deadline:
+            time.sleep(0.05)  # until the launcher has a run on its way
+        time.sleep(chance.uniform(0, 2))
+        for pid in processes_of(session):  # submitit's, the workers' and the scripts'
+            if pid != session and chance.random() < 0.4:
+                kill(pid, "workers")
+        time.sleep(chance.choice((0, 1)))  # the launcher dies with its workers, or meets their death first
+        kill(session, "launchers")
+        launcher_process.wait(timeout=10)  # what it leaves goes on, and the next launcher meets it
+    assert killed["launchers"] == rounds and killed["workers"] >= rounds
+    assert len(list(tasks.glob("*/done.json"))) < seeds  # or the last rounds would have had nothing to kill
+
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert last.returncode == 0, last.stderr
+    assert sorted(path.parent.name for path in tasks.glob("*/done.json")) == sorted(map(str, range(1, seeds + 1)))
+    assert not (script.parent / "two at a time").exists()
+    started, broken = starts(script), list(tasks.glob("*.broken-*"))
+    # Each start left a finished or a broken folder, so no finished run was lost.
+    assert seeds < len(started) <= seeds + len(broken)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and f"{seeds} of {seeds} runs are finished" in again.stdout
+    assert starts(script) == started
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_interrupting_the_launcher_ends_its_runs_and_keeps_the_finished(script):
+    command = [sys.executable, "-m", "benchmark.run", *words(script, "seconds=60")]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not starts(script) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command continues" in err
+    while processes_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert starts(script) == ["1"] and processes_of(process.pid) == []
