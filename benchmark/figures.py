@@ -68,7 +68,7 @@ def atari_table() -> str:
         for metric in columns.values():
             series = values[run["env_id"], run["script"], metric]
             cells.append(f"{series[0]:.3g} → {series[-1]:.3g}" if series else "")
-        mean_return = run["mean_return_last_100"]
+        mean_return = run["mean_return_last_100"] or "no game ended"
         rows.append([run["env_id"], f"`{run['script']}`", f"{int(run['steps']):,}", run["sps"], mean_return, *cells])
     return markdown(["game", "script", "steps", "SPS", "return, last 100 episodes", *columns], rows)
 
