@@ -32,8 +32,9 @@ theory: .venv/.train  ## README's pictures of the theory
 	.venv/bin/python safe_policy_improvement.py --out-dir runs/theory
 	mkdir -p benchmark/results/theory && cp runs/theory/*.png benchmark/results/theory/
 
-throughput: .venv/.benchmark  ## the speeds in README; leave the machine alone meanwhile
+throughput: .venv/.benchmark  ## how fast the Atari scripts are; leave the machine alone meanwhile (an hour and more)
 	.venv/bin/python -m benchmark.throughput
+	.venv/bin/python -m benchmark.throughput_figures
 
 benchmark-smoke: .venv/.benchmark  ## a small suite, from runs to report
 	.venv/bin/python -m benchmark.run --suite smoke --workers 2

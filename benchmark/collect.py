@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CURVE_PARTS, METRIC_PARTS = 50, 10
@@ -63,6 +64,16 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[np.
     picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5], axis=0)
     return low, high
+
+
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of the mean over seeds by Student's t, values (seeds, ...) → low, high (...); nan for one seed.
+
+    The percentile bootstrap would cover the mean of ten normal values in only 90 % of cases, of three in 75 %.
+    """
+    seeds = len(values)
+    half = stats.t.ppf(0.975, seeds - 1) * values.std(axis=0, ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan
+    return values.mean(axis=0) - half, values.mean(axis=0) + half
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

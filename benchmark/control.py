@@ -5,11 +5,12 @@ number of steps set. Protocol, fixed before the runs: a run solves its task if t
 reaches the threshold. One change was made on the way: LunarLander-v3 had 1 M steps at first, at which seeds 1, 2, 9 and
 10 gave 258, 260, 184 and 252; all ten then got 1.5 M, before any of the other six had been run.
 
-Runs that benchmark/results/control.csv has with the present settings are skipped, so that the study can be
-stopped and continued; an unfinished run is moved aside, as <name>.broken-<time>, and begun again.
+Runs that benchmark/results/control.csv has with the present settings are skipped, so that the study can be stopped and
+continued; an unfinished run, or one of other settings, is moved aside, as <name>.broken-<time>, and begun again.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -28,17 +29,30 @@ THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "LunarLander-v3": 200.
 SEEDS = range(1, 11)
 
 
-def has_result(env_id: str, seed: int) -> bool:
-    """Whether the committed table has this run, made with today's defaults."""
-    settings = settings_text(vars(deep_spi_ppo.Args(total_timesteps=CONTROL_STEPS[env_id])))
-    key = {"env_id": env_id, "seed": str(seed), "settings": settings}
-    return any(key.items() <= row.items() for row in read_table(RESULTS.with_suffix(".csv")))
+def settings(env_id: str) -> str:
+    """Today's settings of the task's runs, as the table has them."""
+    return settings_text(vars(deep_spi_ppo.Args(total_timesteps=CONTROL_STEPS[env_id])))
+
+
+def results(env_id: str) -> list[dict[str, str]]:
+    """The committed table's rows of the task made with today's settings."""
+    rows = read_table(RESULTS.with_suffix(".csv"))
+    return [row for row in rows if row["env_id"] == env_id and row["settings"] == settings(env_id)]
+
+
+def has_run(env_id: str, seed: int, run_dir: Path) -> bool:
+    """Whether the run is in the committed table, or finished in its folder, made with today's settings."""
+    if any(row["seed"] == str(seed) for row in results(env_id)):
+        return True
+    if not run_dir.exists() or not is_finished(run_dir):
+        return False
+    return settings_text(json.loads((run_dir / "config.json").read_text())["args"]) == settings(env_id)
 
 
 def run(env_id: str, seed: int) -> None:
     """One run in a process of its own, on one core. Raises CalledProcessError if it fails."""
     run_dir = RUNS / f"{env_id}__{seed}"
-    if has_result(env_id, seed) or is_finished(run_dir):
+    if has_run(env_id, seed, run_dir):
         return
     if run_dir.exists():
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{int(time.time())}"))

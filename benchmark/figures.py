@@ -10,7 +10,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmark.collect import bootstrap_interval, markdown, read_table
+from benchmark import control
+from benchmark.collect import markdown, mean_interval, read_table
 from benchmark.control import THRESHOLDS
 
 matplotlib.use("Agg")
@@ -22,18 +23,16 @@ RESULTS = ROOT / "benchmark" / "results"
 
 def control_table() -> str:
     """Per task: seeds solved, and the mean return of the last 100 episodes over seeds with its interval."""
-    by_task = defaultdict(list)
-    for row in read_table(RESULTS / "control.csv"):
-        by_task[row["env_id"]].append(row)
     rows = []
     for task, threshold in THRESHOLDS.items():
-        if task not in by_task:
+        runs = control.results(task)
+        if not runs:
             rows.append([task, "", f">= {threshold:g}", "no run yet", "", "", ""])
             continue
-        returns = np.array([float(row["mean_return_last_100"]) for row in by_task[task]])
-        low, high = bootstrap_interval(returns)
-        minutes = np.median([float(row["minutes"]) for row in by_task[task]])
-        steps = f"{int(by_task[task][0]['steps']):,}"
+        returns = np.array([float(row["mean_return_last_100"]) for row in runs])
+        low, high = mean_interval(returns)
+        minutes = np.median([float(row["minutes"]) for row in runs])
+        steps = f"{int(runs[0]['steps']):,}"
         solved = f"{(returns >= threshold).sum()} of {len(returns)}"
         mean = f"{returns.mean():.1f} [{low:.1f}, {high:.1f}]"
         extremes = f"{returns.min():.1f} to {returns.max():.1f}"
@@ -87,7 +86,7 @@ def control_figure() -> None:
         seeds = curves[task].values()
         steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
         returns = np.array([[seed[step] for step in steps] for seed in seeds])  # (seeds, steps)
-        low, high = bootstrap_interval(returns, resamples=2000)
+        low, high = mean_interval(returns)
         axis.plot(steps, returns.T, color="0.8", linewidth=0.7)
         axis.fill_between(steps, low, high, color="C0", alpha=0.3)
         axis.plot(steps, returns.mean(axis=0), color="C0", linewidth=2)

@@ -2,8 +2,8 @@
 
 The peer that a user would pick, with `ppo_baseline.py`'s settings, so that the two can be compared in speed and in
 return. It needs Stable-Baselines3 (requirements-benchmark.txt). The run folder is that of the scripts. What stays
-different is SB3's own: auto-reset dummies are learned from as if they were steps, and minibatches are of independent
-transitions.
+different is SB3's own: auto-reset dummies are learned from as if they were steps, minibatches are of independent
+transitions, and advantages are divided by the sample's standard deviation, not the population's.
 """
 
 import csv
@@ -119,6 +119,8 @@ class Log(BaseCallback):
 def train(args: Args) -> None:
     """One run with SB3."""
     ppo_baseline.check_args(args)
+    ppo_baseline.check(args.precision == "fp32", "precision", args.precision, "SB3 computes in fp32")
+    ppo_baseline.check(args.chunk_length == 1, "chunk_length", args.chunk_length, "SB3 samples single transitions: 1")
     run_dir = ppo_baseline.make_run_dir(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     run = ppo_baseline.describe_run(args, device, "fp32")
@@ -127,10 +129,14 @@ def train(args: Args) -> None:
     (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
     envs = EnvPoolVecEnv(args)
     batch_size = args.num_envs * args.num_steps
+    steps = args.total_timesteps // batch_size * batch_size
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
     model = PPO(
         "CnnPolicy",
         envs,
-        learning_rate=lambda remaining: remaining * args.learning_rate,
+        learning_rate=lambda remaining: (
+            (remaining + batch_size / steps) * args.learning_rate
+        ),  # SB3's is an update late
         n_steps=args.num_steps,
         batch_size=batch_size // args.num_minibatches,
         n_epochs=args.update_epochs,
@@ -145,7 +151,6 @@ def train(args: Args) -> None:
         device=device,
     )
     log = Log(run_dir)
-    steps = args.total_timesteps // batch_size * batch_size
     start_time = time.time()
     model.learn(steps, callback=log)
     minutes = (time.time() - start_time) / 60

@@ -1,12 +1,14 @@
 """How fast the Atari scripts are: python -m benchmark.throughput [--rounds 5] [--cases NAME ...]
 
-Every round runs every case once, each in a process of its own, so that a ratio compares runs made minutes apart on the
-same machine; the first round's order is reversed in the next. Written to benchmark/results/: throughput.csv (a line per
-case and round). `python -m benchmark.throughput_figures` prints the ratios and draws where an iteration's time goes.
+All on the CPU. Every round runs every case once, each in a process of its own, so that a ratio compares runs made
+minutes apart on the same machine; the first round's order is reversed in the next. Written after every round to
+benchmark/results/throughput.csv, a line per case, round and measure. `python -m benchmark.throughput_figures` prints
+the ratios and draws where an iteration's time goes.
 
-An iteration is 128 x 8 steps: the first is not counted, as it pays for memory and libraries. Start-up is what the
-whole process took beyond its training. The roofline is the time that an iteration's multiplications would take at the
-speed of a large matrix product on this machine, plus the environment's own time.
+An iteration is 128 x 8 steps: the first is not counted, as it pays for memory and libraries. Overhead is what the whole
+process took beyond its training: to load libraries, to build games and agent, to save and end. The roofline is the time
+that an iteration's multiplications would take at the speed of a large matrix product on this machine, plus the
+environment's own time.
 """
 
 import argparse
@@ -14,8 +16,10 @@ import csv
 import importlib
 import importlib.util
 import json
+import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +34,6 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.collect import read_events
-from benchmark.plain import PlainTransitionModel
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "throughput.csv"
@@ -90,10 +93,10 @@ def learner(script_name: str, flags: list[str]) -> None:
 
 
 def run(case: Case) -> dict[str, float]:
-    """One process: steps per second, start-up in seconds, peak memory in GB. Raises RuntimeError if it fails."""
+    """One process: steps per second, overhead in seconds, peak memory in GB. Raises RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         steps = str(ITERATION * (case.iterations + 1))
-        flags = ["--total-timesteps", steps, "--runs-dir", folder, "--run-name", "run"]
+        flags = ["--device", "cpu", "--total-timesteps", steps, "--runs-dir", folder, "--run-name", "run"]
         log = open(Path(folder) / "log", "w+")
         start = time.time()
         process = subprocess.Popen([sys.executable, *case.command, *flags], cwd=ROOT, stdout=log, stderr=log)
@@ -105,9 +108,11 @@ def run(case: Case) -> dict[str, float]:
             raise RuntimeError(f"{' '.join(case.command)} failed:\n{log.read()[-2000:]}")
         at_step, sps = read_events(Path(folder) / "run")["charts/SPS"]
     elapsed = at_step / sps  # seconds since the start, at the end of each iteration
+    if usage.ru_maxrss <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
+        raise RuntimeError("peak memory cannot be told: a child's begins with that of the process that started it")
     return {
         "sps": ITERATION / float(np.median(np.diff(elapsed))),
-        "start_up_s": wall - float(elapsed[-1]),
+        "overhead_s": wall - float(elapsed[-1]),
         "peak_memory_gb": usage.ru_maxrss * 1024 / 1e9,
     }
 
@@ -134,16 +139,16 @@ def stages(num_actions: int) -> dict[str, float]:
     z.requires_grad_()
     noise_rng = torch.Generator().manual_seed(0)
 
-    def noise():
-        return torch.randn((ROWS, 7, 7, 64, 5), generator=noise_rng)
-
     def encoder(frames: int):
         agent.encode(obs[:frames]).sum().backward()
 
-    def transition(model):
-        script.transition_loss(model(z, actions, noise()), next_z).mean().backward()
+    def transition():
+        noise = torch.randn((ROWS, 7, 7, 64, 5), generator=noise_rng)
+        script.transition_loss(agent.transition_model(z, actions, noise), next_z).mean().backward()
 
-    plain = PlainTransitionModel(num_actions, "exact", torch.Generator().manual_seed(0))
+    def reward():
+        script.reward_loss(agent.reward_model(z, actions), torch.zeros(ROWS)).mean().backward()
+
     args = script.Args()
     envs = baseline.make_envs(baseline.Args(env_id=GAMES[num_actions]))
     envs.reset()
@@ -156,14 +161,10 @@ def stages(num_actions: int) -> dict[str, float]:
     result = {
         "encoder_256_rows_s": timed(lambda: encoder(ROWS)),
         "encoder_288_frames_s": timed(lambda: encoder(FRAMES)),
-        "transition_256_rows_s": timed(lambda: transition(agent.transition_model)),
-        "reward_256_rows_s": timed(
-            lambda: script.reward_loss(agent.reward_model(z, actions), torch.zeros(ROWS)).mean().backward()
-        ),
+        "transition_256_rows_s": timed(transition),
+        "reward_256_rows_s": timed(reward),
         "environment_sps": 64 * args.num_envs / timed(environment, repeats=3),
     }
-    if num_actions != 18:  # where it takes gigabytes
-        result["plain_transition_256_rows_s"] = timed(lambda: transition(plain), repeats=3)
     matrix = torch.randn(2048, 2048)
     result["matrix_flops_per_s"] = 2 * 2048**3 / timed(lambda: matrix @ matrix)
     return result | {
@@ -172,8 +173,17 @@ def stages(num_actions: int) -> dict[str, float]:
     }
 
 
+def conv_backward(grad_out, x, weight, *settings, out_shape=None, **_) -> int:
+    """Operations of a convolution's backward, from shapes: as many as its forward for each of the two gradients.
+
+    torch's own count takes the weight's gradient for that of a convolution without groups.
+    """
+    output_mask = settings[-1]  # whether the gradients of x, weight and bias are needed
+    return 2 * math.prod(grad_out) * math.prod(weight[1:]) * (output_mask[0] + output_mask[1])
+
+
 def iteration_flops(script, num_actions: int) -> float:
-    """Multiplications and additions of an iteration: 9 policies a step's frame, 16 updates."""
+    """Multiplications and additions of an iteration: the policy on 128 frames at 9 moments, and 16 updates."""
     world_model = hasattr(script, "TransitionModel")
     settings = (num_actions, "exact", torch.Generator()) if world_model else (num_actions,)
     agent, args = script.Agent(*settings), script.Args()
@@ -183,7 +193,7 @@ def iteration_flops(script, num_actions: int) -> float:
     fields = {"actions": actions, "rewards": zeros, "old_log_probs": torch.zeros(ROWS, num_actions)}
     fields |= {"advantages": zeros, "returns": zeros, "mask": torch.ones(ROWS)}
     batch = script.Minibatch(*(fields[name] for name in script.Minibatch._fields))
-    with FlopCounterMode(display=False) as update:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: conv_backward}) as update:
         z = agent.encode(obs)
         if world_model:
             extra = (z[FRAMES - ROWS :], actions, torch.zeros(ROWS, 7, 7, 64, 5))
@@ -207,8 +217,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmark.throughput", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="times that each case is run")
     parser.add_argument("--cases", nargs="+", choices=cases(), default=list(cases()), metavar="NAME")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file, written anew")
     arguments = parser.parse_args()
+    if arguments.out == RESULTS and arguments.cases != list(cases()):
+        parser.error("--cases: the committed table holds all of them; give another file with --out")
     machine, rows = describe_machine(), []
     for number in range(arguments.rounds):
         for name in arguments.cases if number % 2 == 0 else reversed(arguments.cases):

@@ -71,14 +71,14 @@ def ratio_table(results: Path) -> str:
 
 
 def speed_table(results: Path) -> str:
-    """Steps per second, memory and start-up of each case, and the share of the roofline: medians over the rounds."""
+    """Steps per second, memory and overhead of each case, and the share of the roofline: medians over the rounds."""
     values, rows = throughput_values(results), []
     for case in dict.fromkeys(case for case, measure in values if measure == "sps"):
-        sps, memory, start_up = (
-            np.median(values[case, measure]) for measure in ("sps", "peak_memory_gb", "start_up_s")
+        sps, memory, overhead = (
+            np.median(values[case, measure]) for measure in ("sps", "peak_memory_gb", "overhead_s")
         )
-        rows.append([case, f"{sps:.0f}", f"{memory:.2f}", f"{start_up:.1f}", roofline_share(values, case, sps)])
-    return markdown(["case", "steps/s", "peak memory, GB", "start-up, s", "of the roofline"], rows)
+        rows.append([case, f"{sps:.0f}", f"{memory:.2f}", f"{overhead:.1f}", roofline_share(values, case, sps)])
+    return markdown(["case", "steps/s", "peak memory, GB", "overhead, s", "of the roofline"], rows)
 
 
 def roofline_share(values: dict, case: str, sps: float) -> str:

@@ -17,14 +17,19 @@ def test_readme_tables_are_regenerated_to_the_same_text():
     assert figures.with_tables(readme) == readme
 
 
-def test_bootstrap_interval_covers_the_mean_and_shrinks_with_seeds():
-    random = np.random.default_rng(1)
-    few, many = random.normal(5, 1, 5), random.normal(5, 1, 500)
-    (low_few, high_few), (low_many, high_many) = (figures.bootstrap_interval(values) for values in (few, many))
-    assert low_few < few.mean() < high_few and low_many < many.mean() < high_many
-    # 500 normal values: the interval is ± 1.96 / sqrt(500) = 0.088 around their mean
-    assert (high_many - low_many) == pytest.approx(2 * 1.96 * many.std() / 500**0.5, rel=0.05)
-    assert high_few - low_few > 5 * (high_many - low_many)
+def test_interval_is_students():
+    """By the table of t: 4.303 for two degrees of freedom, of a mean whose standard error is 1 / sqrt(3)."""
+    low, high = collect.mean_interval(np.array([[4.0, 1.0], [5.0, 1.0], [6.0, 1.0]]))
+    assert (low[0], high[0]) == pytest.approx((5 - 4.303 / 3**0.5, 5 + 4.303 / 3**0.5), abs=1e-3)
+    assert low[1] == high[1] == 1.0
+    assert np.isnan(collect.mean_interval(np.array([3.0]))).all()
+
+
+@pytest.mark.parametrize("seeds", [3, 10])
+def test_interval_covers_the_mean_in_95_of_100_cases(seeds):
+    samples = np.random.default_rng(0).normal(5, 2, (seeds, 4000))
+    low, high = collect.mean_interval(samples)
+    assert ((low < 5) & (high > 5)).mean() == pytest.approx(0.95, abs=0.015)  # four standard errors
 
 
 def test_parts_average_what_lies_in_them():
