@@ -59,13 +59,6 @@ def circumstances(config: dict) -> dict:
     return {name: config[name] for name in CIRCUMSTANCES} | {"versions": versions}
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile-bootstrap interval of the mean over seeds, values (seeds, ...) → low, high (...)."""
-    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5], axis=0)
-    return low, high
-
-
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of the mean over seeds by Student's t, values (seeds, ...) → low, high (...); nan for one seed.
 

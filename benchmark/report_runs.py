@@ -118,16 +118,31 @@ def curve_points(runs: Iterable[Run]) -> np.ndarray:
     return np.linspace(0, min(run.done["steps"] for run in runs), CURVE_POINTS + 1)[1:]
 
 
+def need(keys: set[str], content: object, name: str) -> None:
+    """Raise ValueError unless the content, called `name`, is a JSON object with these keys."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is no JSON object")
+    if lacking := keys - content.keys():
+        raise ValueError(f"{name} lacks {', '.join(sorted(lacking))}")
+
+
 def read_run(folder: Path) -> Run:
     """A finished run with its scores. Raises FileNotFoundError, or ValueError for files that cannot be right."""
     config, done = (json.loads((folder / name).read_text()) for name in ("config.json", "done.json"))
-    if lacking := {"script", "args", "versions", *CIRCUMSTANCES} - config.keys():
-        raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
+    need({"script", "args", "versions", *CIRCUMSTANCES}, config, "config.json")
+    need({"env_id", "total_timesteps"}, config["args"], "args of config.json")
+    need(set(), config["versions"], "versions of config.json")
+    numbers = {"steps", "minutes", "sps"}
+    need(numbers, done, "done.json")
+    if not all(isinstance(done[name], int | float) and np.isfinite(done[name]) for name in numbers):
+        raise ValueError("in done.json a value is not a finite number")
     columns = {"global_step": "int64", "return": "float64"}
     table = pd.read_csv(folder / "episodes.csv", usecols=list(columns), dtype=columns)
     ends, returns = table["global_step"].to_numpy(), table["return"].to_numpy()
     if (np.diff(ends) < 0).any():
         raise ValueError("in episodes.csv steps go back, as if two runs had written it")
+    if not np.isfinite(returns).all():
+        raise ValueError("in episodes.csv a return is not a finite number")
     scores = [np.nan] * 3
     if len(returns):
         whole_windows = running_mean(returns, WINDOW)[min(WINDOW, len(returns)) - 1 :]
@@ -136,12 +151,20 @@ def read_run(folder: Path) -> Run:
     return Run(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores))
 
 
+def read_plan(path: Path) -> list[Key]:
+    """The runs to expect. Raises ValueError that names the file."""
+    try:
+        return [(row["algorithm"], row["label"], int(row["seed"])) for row in json.loads(path.read_text())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a list of runs: {error!r}") from None
+
+
 def read_results(suite: Path) -> Results:
-    """Every run of a suite, in the plan's order (else by name). An unreadable one is kept apart, with the reason."""
-    plan = None
-    if (suite / "plan.json").exists():
-        rows = json.loads((suite / "plan.json").read_text())
-        plan = [(row["algorithm"], row["label"], int(row["seed"])) for row in rows]
+    """Every run of a suite, in the plan's order (else by name). An unreadable one is kept apart, with the reason.
+
+    Raises ValueError if plan.json is unreadable.
+    """
+    plan = read_plan(suite / "plan.json") if (suite / "plan.json").exists() else None
     runs, unfinished, unreadable = [], [], {}
     for folder in sorted(suite.glob("*/*/*")):
         algorithm, task, seed = folder.parts[-3:]

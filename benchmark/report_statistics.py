@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from rliable import library, metrics
 
-from benchmark.collect import bootstrap_interval
+from benchmark.collect import mean_interval
 from benchmark.report_runs import Run, name_runs
 
 METRICS = ("IQM", "median", "mean", "optimality gap")
@@ -140,10 +140,9 @@ def estimate(scores: dict, statistic: Callable[..., np.ndarray], resamples: int)
     return estimates
 
 
-def mean_over_seeds(values: np.ndarray, resamples: int) -> Estimate:
-    """Mean over seeds with its percentile-bootstrap interval, (seeds, n) → (n,)."""
-    mean = values.mean(axis=0)
-    return Estimate(mean, *bootstrap_interval(values, resamples)) if len(values) > 1 else without_interval(mean)
+def mean_over_seeds(values: np.ndarray) -> Estimate:
+    """Mean over seeds with its interval by Student's t, (seeds, n) → (n,); nan for a single seed."""
+    return Estimate(values.mean(axis=0), *mean_interval(values))
 
 
 def without_interval(point: np.ndarray) -> Estimate:

@@ -24,7 +24,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,6 +38,7 @@ from benchmark.suites import MEASURED_SPS, SUITES, Algorithm, Suite
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES_OF_A_RUN = ("runs_dir", "run_name", "track")  # arguments that change nothing in what is learned
+OF_THE_ENVIRONMENT = ("sticky", "repeat_action_probability", "noop_max")  # arguments that change no speed
 NAMED_BY_THE_PLAN = ("env_id", "seed", "total_timesteps", "runs_dir", "run_name")
 LAST_LINES = 12  # of a failed run's log that are shown
 SECONDS_BETWEEN_LOOKS = {"local": 0.2, "slurm": 5.0}  # whether a job has ended
@@ -89,6 +91,7 @@ def parse_algorithm(text: str, suite: Suite) -> tuple[str, Algorithm]:
         return name, suite.algorithms[name]
     check(re.fullmatch(r"\w[\w.-]*", name) is not None, "algorithms", text, "NAME: letters, digits, '_', '-' and '.'")
     script, _, settings = definition.partition(":")
+    check(script.endswith(".py"), "algorithms", text, f"SCRIPT is a Python file, *.py, not {script!r}")
     path = next((path for path in (Path(script).resolve(), ROOT / script) if path.is_file()), None)
     check(path is not None, "algorithms", text, f"there is no script {script}")
     flags = {}
@@ -160,10 +163,12 @@ def steps_of(settings: dict) -> int:
 
 def write_plan(path: Path, plan: list[Run]) -> None:
     """Write the runs in place of what the file had of them; runs planned earlier stay in it."""
-    planned = json.loads(path.read_text()) if path.exists() else []
-    runs = {(run["algorithm"], run["label"], run["seed"]): run for run in planned + [asdict(run) for run in plan]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, list(runs.values()))
+    with open(path.with_name(f"{path.name}.lock"), "a") as lock:  # other launchers may plan into the same folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        planned = json.loads(path.read_text()) if path.exists() else []
+        runs = {(run["algorithm"], run["label"], run["seed"]): run for run in planned + [asdict(run) for run in plan]}
+        write_json(path, list(runs.values()))
 
 
 def write_json(path: Path, content: object) -> None:
@@ -340,15 +345,19 @@ def work_on_slurm(todo: list[Work], jobs_dir: Path, parameters: dict) -> Iterato
 
 
 def core_seconds(run: Run, settings: dict) -> float | None:
-    """Estimated time of a run on one core, in seconds; None for a script whose speed was not measured."""
-    if run.script not in MEASURED_SPS:
+    """Estimated time of a run on one core, in seconds; None if its speed was not measured.
+
+    Measured are scripts with default settings. The environment's cost nothing; of no other is it known.
+    """
+    own = {name: value for name, value in run.flags.items() if name in OF_THE_ENVIRONMENT}
+    if run.script not in MEASURED_SPS or settings != settings_of(replace(run, flags=own)):
         return None
     sps, threads = MEASURED_SPS[run.script]
     return steps_of(settings) / sps * threads
 
 
-def print_plan(plan: list[Run], settings: dict[str, dict], todo: list[Work], cores: int) -> None:
-    """The plan, a line per algorithm and task, and an estimate of its time on `cores` cores."""
+def print_plan(plan: list[Run], settings: dict[str, dict], todo: list[Work], args: argparse.Namespace) -> None:
+    """The plan, a line per algorithm and task, and an estimate of its time on the cores that it can use."""
     left = [work.run for work in todo]
     groups = defaultdict(list)
     for run in plan:
@@ -359,12 +368,16 @@ def print_plan(plan: list[Run], settings: dict[str, dict], todo: list[Work], cor
         steps = f"{steps_of(settings[runs[0].name]):,} steps"
         print(f"{algorithm:14}  {label:26}  {to_run} of {len(runs)} seeds to run  {steps:>16}  {command}")
     costs = [core_seconds(run, settings[run.name]) for run in left]
-    hours = sum(cost for cost in costs if cost is not None) / 3600
-    unknown = costs.count(None)
+    known = [cost for cost in costs if cost is not None]
+    seconds, unknown = sum(known), len(costs) - len(known)
+    side_by_side = args.workers if args.executor == "local" else args.array_parallelism
+    cores = args.cpus_per_task * max(1, min(side_by_side, len(known)))
+    cores = min(cores, os.cpu_count()) if args.executor == "local" else cores
     print(f"{len(plan)} runs, {len(plan) - len(left)} finished, {len(left)} to run")
     print(
-        f"estimate: {hours:.2f} core-hours, {hours / cores:.2f} hours on {cores} cores as fast as a 2.5 GHz Xeon's"
-        + (f"; not in it: {unknown} runs of scripts whose speed was not measured" if unknown else "")
+        f"estimate: {seconds / 3600:.2f} core-hours, {timedelta(seconds=round(seconds / cores))} (h:mm:ss) on "
+        f"{cores} cores as fast as a 2.5 GHz Xeon's"
+        + (f"; not in it: {unknown} runs of scripts or with settings whose speed was not measured" if unknown else "")
     )
 
 
@@ -378,12 +391,14 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="seeds 1 to this many (default: the suite's)")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "benchmark", help="(default: runs/benchmark)")
     parser.add_argument("--executor", default="local", help="local or slurm (default: local)")
-    parser.add_argument("--workers", type=int, default=1, help="local: runs side by side, dividing the cores (1)")
+    parser.add_argument("--workers", type=int, default=1, help="local: runs side by side (1)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and an estimate of its time, and stop")
     parser.add_argument("--partition", help="slurm: its partition (default: the cluster's)")
     parser.add_argument("--time", type=int, default=60 * 24, metavar="MIN", help="slurm: minutes for one run (1440)")
     parser.add_argument("--gpus-per-task", type=int, default=0, help="slurm: GPUs for one run (0)")
-    parser.add_argument("--cpus-per-task", type=int, default=2, help="slurm: cores for one run (2)")
+    parser.add_argument(
+        "--cpus-per-task", type=int, help="cores for one run (local: all, divided by the workers; slurm: 2)"
+    )
     parser.add_argument("--array-parallelism", type=int, default=64, help="slurm: runs at a time (64)")
     args = parser.parse_args(words)
     check(args.suite in SUITES, "suite", args.suite, f"allowed: {', '.join(SUITES)}")
@@ -395,6 +410,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     if args.executor == "slurm" and not args.dry_run:
         absent = [command for command in ("sbatch", "srun", "squeue") if shutil.which(command) is None]
         check(not absent, "executor", "slurm", f"this machine has no {', '.join(absent)}; allowed here: local")
+    if args.cpus_per_task is None:
+        args.cpus_per_task = max(1, os.cpu_count() // args.workers) if args.executor == "local" else 2
     return args
 
 
@@ -402,13 +419,17 @@ def main(words: list[str] | None = None) -> int:
     """Make what is missing of a suite and return the exit code: 0, or 1 if a run failed. Raises SystemExit(2)."""
     args = parse_arguments(words)
     suite = SUITES[args.suite]
-    algorithms = dict(parse_algorithm(text, suite) for text in args.algorithms or suite.algorithms)
+    algorithms = {}
+    for text in args.algorithms or suite.algorithms:
+        name, algorithm = parse_algorithm(text, suite)
+        check(name not in algorithms, "algorithms", text, f"{name} is there twice")
+        algorithms[name] = algorithm
     plan = make_plan(suite, algorithms, args.seeds or suite.seeds)
     suite_dir = args.results.resolve() / args.suite
     settings = {run.name: settings_of(run) for run in plan}
 
-    cores = max(1, os.cpu_count() // args.workers) if args.executor == "local" else args.cpus_per_task
-    environment = {"OMP_NUM_THREADS": str(cores), "TQDM_DISABLE": "1"}  # a progress bar would fill the log
+    # A progress bar would fill the log.
+    environment = {"OMP_NUM_THREADS": str(args.cpus_per_task), "TQDM_DISABLE": "1"}
     if args.executor == "local":
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would hide every GPU
     todo, others = [], []
@@ -428,8 +449,7 @@ def main(words: list[str] | None = None) -> int:
     check(not others, "results", str(args.results), rule + "".join(others[:1]) + more)
 
     if args.dry_run:
-        side_by_side = args.workers if args.executor == "local" else args.array_parallelism
-        print_plan(plan, settings, todo, cores * side_by_side)
+        print_plan(plan, settings, todo, args)
         return 0
     write_plan(suite_dir / "plan.json", plan)
     jobs_dir = suite_dir / ".jobs" / str(time.time_ns())

@@ -1,7 +1,6 @@
 """The report: its numbers are those worked out by hand and rliable's, and all that is uneven is said."""
 
 import csv
-import itertools
 import json
 import re
 import subprocess
@@ -149,12 +148,14 @@ def test_task_table_worked_out_by_hand(written):
     rows = {(row["algorithm"], row["task"]): row for row in read_csv(written / "tasks.csv")}
     row = rows["ppo", "Breakout"]
     assert float(row["last_100"]) == pytest.approx(16.1)  # of 1.7 and 30.5
-    # two seeds: a resample's mean is the lower with probability 1/4, and so is the higher: both bounds
-    assert [float(row["low"]), float(row["high"])] == pytest.approx([1.7, 30.5])
+    # two seeds: the standard error is half their distance, 14.4, and t with one degree of freedom is 12.706
+    assert [float(row["low"]), float(row["high"])] == pytest.approx(
+        [16.1 - 12.706 * 14.4, 16.1 + 12.706 * 14.4], abs=0.01
+    )
     assert float(row["human_normalised"]) == pytest.approx(0.5)
     assert float(row["published_ppo"]) == pytest.approx(4.770833, abs=1e-6)
     text = (written / "report.md").read_text()
-    assert "| Pong | ppo | 2 | 1,280 | 5.775 [-3.050, 14.60] | 5.775 | 5.775 | 0.750 | 0.0 (no score) |" in text
+    assert "| Pong | ppo | 2 | 1,280 | 5.775 [-106.4, 117.9] | 5.775 | 5.775 | 0.750 | 0.0 (no score) |" in text
 
 
 def test_profile_and_curve_worked_out_by_hand(written):
@@ -203,12 +204,11 @@ def test_intervals_are_rliables():
     assert statistics.bounds(ours["x"], 0)[1:] == pytest.approx(intervals["x"][:, 0], abs=1e-12)
 
 
-def test_interval_over_seeds_is_that_of_all_resamples():
-    scores = np.array([1.0, 2.0, 4.0, 9.0])
-    means = [np.mean(pick) for pick in itertools.product(scores, repeat=4)]  # all 256 resamples, each as probable
-    ours = statistics.mean_over_seeds(scores[:, None], resamples=20_000)
-    assert ours.point[0] == 4
-    assert [ours.low[0], ours.high[0]] == pytest.approx(np.percentile(means, [2.5, 97.5]))
+def test_interval_over_seeds_is_students():
+    """3.182: the table of t, 97.5 %, three degrees of freedom. The standard deviation of 1, 2, 4, 9 is sqrt(38 / 3)."""
+    ours = statistics.mean_over_seeds(np.array([1.0, 2.0, 4.0, 9.0])[:, None])
+    half = 3.182 * (38 / 3) ** 0.5 / 2
+    assert statistics.bounds(ours, 0) == pytest.approx((4, 4 - half, 4 + half), abs=2e-3)
 
 
 # Files
@@ -394,6 +394,26 @@ UNEVEN = {
         lambda suite: (suite / "ppo/Pong/2/config.json").write_text('{"script": "some_script.py", "args": {}}'),
         "Left out, as its files cannot be right: ppo/Pong/2: config.json lacks device, git_commit, ",
     ),
+    "no environment": (
+        lambda suite: (suite / "ppo/Pong/2/config.json").write_text(json.dumps(CONFIG)),
+        "Left out, as its files cannot be right: ppo/Pong/2: args of config.json lacks env_id.",
+    ),
+    "versions unknown": (
+        lambda suite: rewrite(suite / "ppo/Pong/2", versions=None),
+        "Left out, as its files cannot be right: ppo/Pong/2: versions of config.json is no JSON object.",
+    ),
+    "an empty done file": (
+        lambda suite: (suite / "ppo/Pong/2/done.json").write_text("{}"),
+        "Left out, as its files cannot be right: ppo/Pong/2: done.json lacks minutes, sps, steps.",
+    ),
+    "a speed that is none": (
+        lambda suite: (suite / "ppo/Pong/2/done.json").write_text('{"steps": 1280, "minutes": 1, "sps": NaN}'),
+        "Left out, as its files cannot be right: ppo/Pong/2: in done.json a value is not a finite number.",
+    ),
+    "a return that is none": (
+        lambda suite: (suite / "ppo/Pong/2/episodes.csv").write_text("global_step,return,length\n7,nan,7\n8,1,7\n"),
+        "Left out, as its files cannot be right: ppo/Pong/2: in episodes.csv a return is not a finite number.",
+    ),
     "no episodes file": (
         lambda suite: (suite / "ppo/Pong/2/episodes.csv").unlink(),
         "Left out, as its files cannot be right: ppo/Pong/2: there is no episodes.csv.",
@@ -418,7 +438,7 @@ def test_every_unevenness_is_said(suite, change, remark):
 
 def test_a_mean_over_unequal_lengths_is_marked_where_it_stands(suite):
     (suite / "ppo" / "Pong" / "2" / "done.json").write_text('{"steps": 2560, "minutes": 1, "sps": 1}')
-    table = report.task_table(report_runs.read_results(suite), suite, resamples=50)[-1]
+    table = report.task_table(report_runs.read_results(suite), suite)[-1]
     steps = {(row[0], row[1]): row[3] for row in table.rows}
     assert steps["Pong", "ppo"] == "UNEQUAL: 1,280 to 2,560" and steps["Pong", "ours"] == "1,280"
 
@@ -473,6 +493,24 @@ def test_nothing_finished_is_refused(tmp_path, monkeypatch, capsys):
     assert refused.value.code == 2
     assert "no finished run (1 unfinished, 0 unreadable, 0 broken)" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        ("[{", "JSONDecodeError"),
+        ('[{"algorithm": "ppo", "seed": 1}]', "label"),
+        ("[1]", "TypeError"),
+        ("1", "TypeError"),
+    ],
+)
+def test_a_broken_plan_is_refused_in_one_line(suite, monkeypatch, capsys, plan, why):
+    (suite / "plan.json").write_text(plan)
+    monkeypatch.setattr(sys, "argv", ["report", str(suite)])
+    with pytest.raises(SystemExit) as refused:
+        report.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refused.value.code == 2 and str(suite / "plan.json") in line and why in line
 
 
 def test_known_scores_are_57_games():

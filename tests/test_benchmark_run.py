@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import envpool
@@ -151,6 +153,8 @@ def test_settings_are_typed_and_switches_are_understood(script):
         (["--suite=atari58"], ("--suite", "'atari58'", "atari57")),
         (["--suite=smoke", "--algorithms", "dqn"], ("--algorithms", "'dqn'", "deep_spi")),
         (["--suite=smoke", "--algorithms", "x=no_such.py"], ("--algorithms", "no_such.py")),
+        (["--suite=smoke", "--algorithms", "x=README.md"], ("--algorithms", "*.py", "'README.md'")),
+        (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py", "x=ppo_baseline.py", "--dry-run"], ("x=ppo", "twice")),
         (["--suite=smoke", "--algorithms", "a/b=deep_spi_ppo.py"], ("--algorithms", "letters")),
         (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py:gamma"], ("--algorithms", "FLAG=VALUE", "'gamma'")),
         (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py:clip=1"], ("--algorithms", "'clip'", "clip_coef")),
@@ -178,13 +182,42 @@ def test_slurm_where_there_is_none_is_refused(capsys, monkeypatch, script):
 def test_dry_run_prints_plan_and_estimate_and_writes_nothing(capsys, script):
     results = script.parent / "results"
     flags = ["--suite=smoke", "--seeds=3", f"--results={results}", "--dry-run"]
-    assert launcher.main([*flags, "--algorithms", "ppo", f"fake={script}"]) == 0
+    assert launcher.main([*flags, "--algorithms", "ppo", "deep_spi", f"fake={script}"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"ppo +CartPole-v1 +3 of 3 seeds to run +40,960 steps .*--reward-loss-coef=0.0", printed)
     core_hours = 3 * 40_960 / 3800 / 3600
-    assert f"6 runs, 0 finished, 6 to run\nestimate: {core_hours:.2f} core-hours" in printed
-    assert "not in it: 3 runs" in printed
+    assert f"9 runs, 0 finished, 9 to run\nestimate: {core_hours:.2f} core-hours" in printed
+    assert "not in it: 6 runs" in printed  # the fake script's, and ppo's, without a world model
     assert not results.exists() and starts(script) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "cores"),
+    [
+        (2, ["--workers=16"], 2),  # no more than there are
+        (64, ["--workers=16"], 3 * 4),  # three runs of four cores
+        (64, ["--workers=2", "--cpus-per-task=3"], 6),
+        (2, ["--executor=slurm"], 3 * 2),
+        (2, ["--executor=slurm", "--array-parallelism=2", "--cpus-per-task=8"], 2 * 8),
+    ],
+)
+def test_estimate_is_for_the_cores_that_the_runs_can_use(capsys, monkeypatch, tmp_path, machine, flags, cores):
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
+    words = ["--suite=smoke", "--seeds=3", f"--results={tmp_path}", "--dry-run"]
+    assert launcher.main([*words, *flags]) == 0
+    seconds = round(3 * 40_960 / 3800 / cores)  # of deep_spi's runs: those of ppo and additive are not measured
+    assert f"core-hours, 0:00:{seconds:02} (h:mm:ss) on {cores} cores" in capsys.readouterr().out
+
+
+def test_speed_is_known_with_default_settings_only():
+    def cost(flags: dict) -> float | None:
+        changed = replace(run, flags=flags)
+        return launcher.core_seconds(changed, launcher.settings_of(changed))
+
+    run = launcher.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
+    assert cost({}) == cost({"sticky": 0.25}) == cost({"chunk_length": "8"}) == pytest.approx(40_960 / 3800)
+    for changed in ({"chunk_length": 1}, {"num_envs": 8}, {"spectral_norm": "published"}, {"reward_loss_coef": 0.0}):
+        assert cost(changed) is cost(changed | {"sticky": 0.25}) is None
 
 
 def test_plan_file_keeps_what_was_planned_earlier(script):
@@ -198,6 +231,18 @@ def test_plan_file_keeps_what_was_planned_earlier(script):
         ("fake", {"seconds": 1}),
         ("other", {}),
     ]
+
+
+def test_two_launchers_can_plan_into_one_folder_at_a_time(script, monkeypatch):
+    def write_slowly(path, content):
+        time.sleep(0.3)  # after the file was read
+        write_json(path, content)
+
+    write_json, run, path = launcher.write_json, planned(script).run, script.parent / "plan.json"
+    monkeypatch.setattr(launcher, "write_json", write_slowly)
+    with ThreadPoolExecutor() as launchers:
+        list(launchers.map(lambda seed: launcher.write_plan(path, [replace(run, seed=seed)]), (1, 2)))
+    assert sorted(run["seed"] for run in json.loads(path.read_text())) == [1, 2]
 
 
 # ---- One run
@@ -300,6 +345,15 @@ def test_a_killed_worker_takes_its_script_along_and_frees_the_run(script):
 
 
 # ---- All runs
+
+
+@pytest.mark.parametrize(("flags", "threads"), [(["--workers=2"], "8"), (["--workers=2", "--cpus-per-task=3"], "3")])
+def test_workers_divide_the_cores_unless_told_how_many(script, monkeypatch, flags, threads):
+    made = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(launcher, "work_locally", lambda todo, *_: made.extend(todo) or iter(()))
+    launcher.main([*words(script), *flags])
+    assert [work.environment["OMP_NUM_THREADS"] for work in made] == [threads]
 
 
 def test_local_runs_to_the_end_names_what_failed_and_continues(script):
