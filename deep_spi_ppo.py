@@ -583,6 +583,7 @@ def train(args: Args) -> None:
     num_actions, num_inputs = check_env(args.env_id)
     run_dir = make_run_dir(args)
 
+    torch.set_num_threads(1)  # layers this small gain nothing from a second, and wait for it where a core is busy
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.precision, device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
