@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := CartPole-v1__$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test test-slow control figures atari-200k theory throughput benchmark-smoke
+.PHONY: train test test-slow control figures atari-200k theory confounding throughput benchmark-smoke
 
 train: .venv/.train  ## solve CartPole-v1 with Deep SPI and draw the learning curve
 	.venv/bin/python deep_spi_ppo.py --run-name $(RUN)
@@ -31,6 +31,9 @@ atari-200k: .venv/.train  ## the first 200,000 steps of README's Atari table (ho
 theory: .venv/.train  ## README's pictures of the theory
 	.venv/bin/python safe_policy_improvement.py --out-dir runs/theory
 	mkdir -p benchmark/results/theory && cp runs/theory/*.png benchmark/results/theory/
+
+confounding: .venv/.train  ## the study of confounding updates (hours); finished runs are skipped
+	.venv/bin/python -m benchmark.confounding
 
 throughput: .venv/.benchmark  ## how fast the Atari scripts are; leave the machine alone meanwhile (an hour and more)
 	.venv/bin/python -m benchmark.throughput
