@@ -23,7 +23,7 @@ figures: .venv/.train  ## README's figures and tables, from the committed result
 	.venv/bin/python -m benchmark.figures
 
 atari-200k: .venv/.train  ## the first 200,000 steps of README's Atari table (hours)
-	for game in Pong-v5 Boxing-v5; do for script in ppo_baseline deepmdp_ppo_atari deep_spi_ppo_atari; do \
+	for game in Pong-v5 Boxing-v5 Krull-v5; do for script in ppo_baseline deepmdp_ppo_atari deep_spi_ppo_atari; do \
 		.venv/bin/python $$script.py --env-id $$game --total-timesteps 200704 \
 			--runs-dir runs/atari_200k --run-name $${game}__$$script || exit 1; done; done
 	.venv/bin/python -m benchmark.collect runs/atari_200k --out benchmark/results/atari_200k
