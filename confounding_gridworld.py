@@ -1,6 +1,6 @@
 """Confounding updates (talk of Delgrange, Avalos and Röpke, ICLR 2026): a gridworld where improvement can be watched.
 
-    python confounding_gridworld.py          # three methods, 3 seeds: some minutes
+    python confounding_gridworld.py          # three methods, 3 seeds: 6 minutes on one core
     python -m benchmark.confounding          # the study: twelve settings, 10 seeds
 
 Two corridors look alike up to their last cell, '!'. UP at the top '!' is best, UP at the bottom '!' is a disaster. An
