@@ -258,9 +258,10 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 
 
 def group_sort(x: Tensor) -> Tensor:
-    """GroupSort(2): sort neighbouring pairs of the last dimension, ascending. Gradient norm 1 where ReLU's may be 0."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((torch.minimum(first, second), torch.maximum(first, second)), dim=-1).flatten(-2)
+    """GroupSort(2): sort neighbouring pairs along dimension 1, ascending. Gradient norm 1 where ReLU's may be 0."""
+    first, second = x.unflatten(1, (-1, 2)).unbind(2)
+    swap = F.relu(first - second)  # as min and max, but their gradients take several times as long
+    return torch.stack((first - swap, second + swap), dim=2).flatten(1, 2)
 
 
 def exact_spectral_norm(matrix: Tensor) -> Tensor:
@@ -269,17 +270,18 @@ def exact_spectral_norm(matrix: Tensor) -> Tensor:
     Power iteration on the smaller Gram matrix, 2^12 steps of it by squaring 12 times: no state between calls, and no
     eigensolver, which would make CUDA wait. With u, v held fixed, σ = uᵀWv has the gradient uvᵀ, which is that of σ.
     """
-    tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
+    wide = matrix.shape[-2] < matrix.shape[-1]
     with torch.no_grad():
-        power = tall.mT @ tall
+        power = matrix @ matrix.mT if wide else matrix.mT @ matrix
         for _ in range(6):  # a norm after every second squaring keeps float32 from underflowing
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
             power = power @ power
         largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]  # a column surely not orthogonal to v
-        v = F.normalize(power.take_along_dim(largest, dim=-1), dim=-2)
-        u = F.normalize(tall @ v, dim=-2)
-    return (u * (tall @ v)).sum((-2, -1))
+        top = F.normalize(power.take_along_dim(largest, dim=-1), dim=-2)
+        u = top if wide else F.normalize(matrix @ top, dim=-2)
+        v = F.normalize(matrix.mT @ top, dim=-2) if wide else top
+    return (u.mT @ matrix @ v).flatten()
 
 
 class SpectralLinear(nn.Linear):
@@ -435,18 +437,12 @@ def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tenso
 
 
 def compute_loss(
-    agent: Agent,
-    batch: Minibatch,
-    z: Tensor,
-    next_z: Tensor | None,
-    host_actions: Tensor,
-    noise: Tensor | None,
-    args: Args,
+    agent: Agent, batch: Minibatch, z: Tensor, next_z: Tensor | None, noise: Tensor | None, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a minibatch, and what of it is logged, as scalars.
 
-    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; host_actions: the actions in host memory; noise:
-    see `TransitionModel.forward`. Without next_z the world model is not run, and this is PPO.
+    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; noise: see `TransitionModel.forward`. Without
+    next_z the world model is not run, and this is PPO.
     """
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
@@ -457,7 +453,7 @@ def compute_loss(
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if next_z is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
-        l_p = transition_loss(agent.transition_model(z, host_actions, noise), next_z)  # (M,)
+        l_p = transition_loss(agent.transition_model(z, batch.actions, noise), next_z)  # (M,)
         penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
         if args.loss_placement == "utility":
             utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
@@ -647,7 +643,7 @@ def train(args: Args) -> tuple[dict[str, float], np.ndarray]:
                 z, next_z = encode_once(agent, pictures, states[t, n], states[t + 1, n])
                 noise = torch.randn((*z.shape, 5), generator=noise_rng) if run_world_model else None
                 next_z = next_z if run_world_model else None
-                loss, stats = compute_loss(agent, batch, z, next_z, batch.actions, noise, args)
+                loss, stats = compute_loss(agent, batch, z, next_z, noise, args)
                 optimizer.zero_grad()
                 loss.backward()
                 stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)

@@ -20,6 +20,7 @@ Cost: 129 steps a second on 2 CPU cores in float32 (102 with 18 actions), so 10 
 # ==== 1. Imports ======================================================================================================
 
 import csv
+import ctypes
 import difflib
 import importlib.metadata
 import importlib.util
@@ -33,7 +34,6 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -61,6 +61,8 @@ class Args:
     """where the networks live; auto takes CUDA if present"""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """arithmetic of the networks; auto takes bf16 where the hardware has it (CUDA, AMX, AVX512-BF16); losses: fp32"""
+    compile: bool = False
+    """compile the networks with torch.compile: for CUDA; on a CPU it takes a C++ compiler and gains next to nothing"""
     runs_dir: str = "runs"
     """folder in which the run's own folder is made"""
     run_name: str | None = None
@@ -195,9 +197,10 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 
 
 def group_sort(x: Tensor) -> Tensor:
-    """GroupSort(2): sort neighbouring pairs of the last dimension, ascending. Gradient norm 1 where ReLU's may be 0."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((torch.minimum(first, second), torch.maximum(first, second)), dim=-1).flatten(-2)
+    """GroupSort(2): sort neighbouring pairs along dimension 1, ascending. Gradient norm 1 where ReLU's may be 0."""
+    first, second = x.unflatten(1, (-1, 2)).unbind(2)
+    swap = F.relu(first - second)  # as min and max, but their gradients take several times as long
+    return torch.stack((first - swap, second + swap), dim=2).flatten(1, 2)
 
 
 def exact_spectral_norm(matrix: Tensor) -> Tensor:
@@ -206,17 +209,18 @@ def exact_spectral_norm(matrix: Tensor) -> Tensor:
     Power iteration on the smaller Gram matrix, 2^12 steps of it by squaring 12 times: no state between calls, and no
     eigensolver, which would make CUDA wait. With u, v held fixed, σ = uᵀWv has the gradient uvᵀ, which is that of σ.
     """
-    tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
+    wide = matrix.shape[-2] < matrix.shape[-1]
     with torch.no_grad():
-        power = tall.mT @ tall
+        power = matrix @ matrix.mT if wide else matrix.mT @ matrix
         for _ in range(6):  # a norm after every second squaring keeps float32 from underflowing
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
             power = power @ power
         largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]  # a column surely not orthogonal to v
-        v = F.normalize(power.take_along_dim(largest, dim=-1), dim=-2)
-        u = F.normalize(tall @ v, dim=-2)
-    return (u * (tall @ v)).sum((-2, -1))
+        top = F.normalize(power.take_along_dim(largest, dim=-1), dim=-2)
+        u = top if wide else F.normalize(matrix @ top, dim=-2)
+        v = F.normalize(matrix.mT @ top, dim=-2) if wide else top
+    return (u.mT @ matrix @ v).flatten()
 
 
 def published_spectral_norm(matrix: Tensor, v: Tensor) -> Tensor:
@@ -248,26 +252,24 @@ class SpectralLayer(nn.Module):
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(shape[0]))
         self.rule, self.groups = rule, groups
         if rule == "published":
-            start = torch.randn(self.matrix().shape[-1], generator=torch.Generator().manual_seed(0))
+            length = shape[0] if len(shape) == 2 else fan_in
+            start = torch.randn(length, generator=torch.Generator().manual_seed(0))
             self.register_buffer("power_start", start, persistent=False)  # the same in every run
-
-    def matrix(self) -> Tensor:
-        """The weight as matrices (groups, rows, columns); a linear layer's as (in, out), for the published rule's v."""
-        if self.weight.ndim == 2:
-            return self.weight.mT[None]
-        return self.weight.view(self.groups, self.weight.shape[0] // self.groups, -1)
 
     def normalized_weight(self) -> Tensor:
         """The weight over its spectral norm, in float32. To be worked out once per forward."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            matrix = self.matrix()
-            exact = self.rule == "exact"
-            sigma = exact_spectral_norm(matrix) if exact else published_spectral_norm(matrix, self.power_start)
-            return (self.weight.view(self.groups, -1) / sigma[:, None]).view_as(self.weight)
+            matrix = self.weight.view(self.groups, self.weight.shape[0] // self.groups, -1)
+            if self.rule == "exact":
+                sigma = exact_spectral_norm(matrix)
+            else:  # there a linear layer's matrix is (in, out)
+                matrix = matrix.mT if self.weight.ndim == 2 else matrix
+                sigma = published_spectral_norm(matrix, self.power_start)
+            return (self.weight.view(self.groups, -1) * sigma.reciprocal()[:, None]).view_as(self.weight)
 
 
 class RewardModel(nn.Module):
-    """R̄(z, a): a 1-Lipschitz network with one output per action, of which only the taken action's is computed."""
+    """R̄(z, a): a 1-Lipschitz network with one output per action."""
 
     def __init__(self, num_actions: int, rule: str, generator: torch.Generator):
         super().__init__()
@@ -279,67 +281,63 @@ class RewardModel(nn.Module):
         """Predicted clipped reward (B,) of latents z (B, 7, 7, 64) and actions (B,)."""
         x = group_sort(F.linear(z.flatten(1), self.hidden1.normalized_weight(), self.hidden1.bias))
         x = group_sort(F.linear(x, self.hidden2.normalized_weight(), self.hidden2.bias))
-        return (x * self.output.normalized_weight()[actions]).sum(-1) + self.output.bias[actions]
-
-
-def conv_2x2(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
-    """2x2 'same' convolution (padded at the bottom and the right) of x (B, H, W, C), channels last in and out."""
-    x = F.pad(x, (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias, groups=groups).permute(0, 2, 3, 1)
+        x = F.linear(x, self.output.normalized_weight(), self.output.bias).float()  # (B, A)
+        return x.gather(1, actions[:, None]).squeeze(1)
 
 
 class TransitionModel(nn.Module):
     """P̄(·|z, a): a mixture of K = 5 diagonal normals over the next latent, from Lipschitz networks.
 
-    The last layers have outputs for every action. Rows are grouped by action, so that only the taken action's weights
-    are ever multiplied: the cost does not grow with A.
+    The components' layer is a 2x2 convolution in 16 groups of channels with outputs for every action, of which only the
+    taken action's are computed: a product with the one-hot action picks each row's kernels, another multiplies them
+    with that row's patches. So the cost hardly grows with A, and nothing is scattered, forward or backward.
     """
 
     def __init__(self, num_actions: int, rule: str, generator: torch.Generator):
         super().__init__()
-        self.num_actions = num_actions
+        self.num_actions, self.noise_shape = num_actions, (16, 5, 4 * 49)
         self.hidden = SpectralLayer((128, 64, 2, 2), rule, generator)
         self.components = SpectralLayer((64 * 5 * 2 * num_actions, 8, 2, 2), rule, generator, groups=16)
         self.mixture = SpectralLayer((5 * num_actions, 7 * 7 * 128), rule, generator)
+        # The linear map from a 7x7 image to its 2x2 patches, zero beyond the bottom and the right: (49, 4 x 49).
+        patches = F.unfold(F.pad(torch.eye(49).view(49, 1, 7, 7), (0, 1, 0, 1)), kernel_size=2)
+        self.register_buffer("to_patches", patches.flatten(1), persistent=False)
 
-    def distributions(self, z: Tensor, actions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield, for each action taken, its rows (n,), mixture weights (n, K), loc and scale (n, 7, 7, 64, K).
+    def of_each_row(self, parameter: Tensor, taken: Tensor, weights: Tensor) -> Tensor:
+        """What row b needs of the components' kernels (n = 32) or biases (n = 1) in each group: (16·B, 4 + 20, n).
 
-        `actions` (B,) is on the host, which must know how many rows each action has, or the device would have to wait.
+        parameter (64·K·2·A, n), taken (B, A) one-hot, weights (B, K). First those of the 4 channels of Σ_k w_k loc_k:
+        linear in the kernels, so that these are mixed and no loc_k is computed. Then those of the 4·K scales.
         """
-        rows = actions.argsort(stable=True)
-        counts = actions.bincount(minlength=self.num_actions).tolist()
-        rows = to_device(rows, z.device)
-        hidden = group_sort(conv_2x2(z, self.hidden.normalized_weight(), self.hidden.bias))[rows]
-        # Outputs are ordered (64 latent channels, K components, [loc, scale], A actions).
-        kernels = self.components.normalized_weight().view(64, 5, 2, self.num_actions, 8, 2, 2).unbind(3)
-        biases = self.components.bias.view(64, 5, 2, self.num_actions).unbind(3)
-        logit_weights = self.mixture.normalized_weight().view(5, self.num_actions, -1).unbind(1)
-        logit_biases = self.mixture.bias.view(5, self.num_actions).unbind(1)
-        for a, (a_rows, x) in enumerate(zip(rows.split(counts), hidden.split(counts), strict=True)):
-            if counts[a] == 0:
-                continue
-            (loc_kernel, scale_kernel), (loc_bias, scale_bias) = kernels[a].unbind(2), biases[a].unbind(2)
-            loc = conv_2x2(x, loc_kernel.flatten(0, 1), loc_bias.flatten(), groups=16).unflatten(-1, (64, 5)).float()
-            scale = (
-                conv_2x2(x, scale_kernel.flatten(0, 1), scale_bias.flatten(), groups=16).unflatten(-1, (64, 5)).float()
-            )
-            weights = F.linear(x.flatten(1), logit_weights[a], logit_biases[a]).float().softmax(-1)
-            yield a_rows, weights, 0.5 * loc, 0.5 * (F.softplus(scale) + 1e-6)
+        # Outputs are ordered (16 groups of 4 latent channels, K components, [loc, scale], A actions).
+        loc, scale = parameter.view(16, 4, 5, 2, self.num_actions, -1).unbind(3)
+        mixed = (weights[:, :, None] * taken[:, None]).flatten(1) @ loc.permute(2, 3, 0, 1, 4).flatten(2).flatten(0, 1)
+        picked = taken @ scale.permute(3, 0, 2, 1, 4).flatten(1)
+        return torch.cat((mixed.view(-1, 4, loc.shape[-1]), picked.view(-1, 5 * 4, loc.shape[-1])), dim=1)
 
     def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """One reparameterised sample z̄' of P̄(·|z, a), shape (B, 7, 7, 64).
+        """One reparameterised sample z̄' of P̄(·|z, a), shape (B, 7, 7, 64), of z (B, 7, 7, 64) and actions (B,).
 
-        `noise` is standard normal, (B, 7, 7, 64, K); z̄' = Σ_k w_k (loc_k + scale_k clip(noise_k, -1, 1)):
-        the published sample averages over the components, where a mixture's own would draw one of them.
+        `noise` is standard normal, (B, 16, K, 4 x 49): the latent's 16 groups of 4 channels, the components, and the
+        channels and positions of a group. z̄' = Σ_k w_k (loc_k + scale_k clip(noise_k, -1, 1)): the published sample
+        averages over the components, where a mixture's own would draw one of them.
         """
-        rows, samples = [], []
-        for a_rows, weights, loc, scale in self.distributions(z, actions):
-            components = loc + scale * noise[a_rows].clamp(-1, 1)  # (n, 7, 7, 64, K)
-            with torch.autocast(z.device.type, enabled=False):  # z̄' is compared with z' in float32
-                samples.append((components.flatten(1, 3) @ weights[:, :, None]).view(-1, 7, 7, 64))
-            rows.append(a_rows)
-        return torch.cat(samples)[torch.cat(rows).argsort()]  # back in the order of z
+        x = F.pad(z, (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
+        hidden = F.conv2d(x, self.hidden.normalized_weight(), self.hidden.bias)  # (B, 128, 7, 7)
+        hidden = group_sort(hidden.flatten(2).contiguous())  # (B, 128, 49)
+        logits = F.linear(hidden.mT.flatten(1), self.mixture.normalized_weight(), self.mixture.bias).float()
+        logits = logits.unflatten(1, (5, self.num_actions)).take_along_dim(actions[:, None, None], dim=2)
+        weights = logits.squeeze(2).softmax(-1)  # (B, K)
+
+        taken = F.one_hot(actions, self.num_actions).float()  # (B, A)
+        kernels = self.of_each_row(self.components.normalized_weight(), taken, weights)  # (16·B, 24, 32)
+        biases = self.of_each_row(self.components.bias, taken, weights)  # (16·B, 24, 1)
+        patches = (hidden @ self.to_patches).view(-1, 8 * 2 * 2, 49)  # (16·B, 32, 49)
+        outputs = torch.baddbmm(biases, kernels, patches).view(-1, 16, 1 + 5, 4 * 49)
+        loc, scale = outputs.split((1, 5), dim=2)
+        spread = (F.softplus(scale) + 1e-6) * noise.clamp(-1, 1)  # (B, 16, K, 4 x 49)
+        sample = 0.5 * (loc + weights.to(spread.dtype)[:, None, None] @ spread)  # (B, 16, 1, 4 x 49)
+        return sample.view(-1, 64, 49).mT.reshape(z.shape).float()
 
 
 class Agent(nn.Module):
@@ -362,8 +360,9 @@ class Agent(nn.Module):
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
     def encode(self, obs: Tensor) -> Tensor:
-        """z = φ(s), (B, 7, 7, 64), of frames (B, 4, 84, 84) uint8."""
-        frames = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
+        """z = φ(s), (B, 7, 7, 64), of frames (B, 84, 84, 4) uint8, channels last."""
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(obs.device.type) else torch.float32
+        frames = obs.to(dtype).div_(255).permute(0, 3, 1, 2)
         return self.encoder(frames).float().permute(0, 2, 3, 1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -450,18 +449,12 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_loss(
-    agent: Agent,
-    batch: Minibatch,
-    z: Tensor,
-    next_z: Tensor | None,
-    host_actions: Tensor,
-    noise: Tensor | None,
-    args: Args,
+    agent: Agent, batch: Minibatch, z: Tensor, next_z: Tensor | None, noise: Tensor | None, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a minibatch, and what of it is logged, as scalars.
 
-    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; host_actions: the actions in host memory; noise:
-    see `TransitionModel.forward`. Without next_z the world model is not run, and this is PPO.
+    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; noise: see `TransitionModel.forward`. Without
+    next_z the world model is not run, and this is PPO.
     """
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
@@ -472,7 +465,7 @@ def compute_loss(
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if next_z is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
-        l_p = transition_loss(agent.transition_model(z, host_actions, noise), next_z)  # (M,)
+        l_p = transition_loss(agent.transition_model(z, batch.actions, noise), next_z)  # (M,)
         penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
         if args.loss_placement == "utility":
             utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
@@ -518,6 +511,14 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     features = torch.cpu.get_capabilities()
     return "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensors; the system would clear every page before giving it again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not on macOS
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def make_run_dir(args: Args) -> Path:
@@ -569,7 +570,9 @@ def train(args: Args) -> None:
 
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.precision, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
+    keep_freed_memory()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     run = describe_run(args, device, precision)
     (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
@@ -583,6 +586,7 @@ def train(args: Args) -> None:
     episodes.writerow(("global_step", "return", "length"))
 
     T, N, A, L = args.num_steps, args.num_envs, num_actions, args.chunk_length
+    M = T * N // args.num_minibatches
     num_iterations = args.total_timesteps // (T * N)
     run_world_model = args.reward_loss_coef > 0 or args.transition_loss_coef > 0
 
@@ -591,9 +595,12 @@ def train(args: Args) -> None:
     init_seed, noise_seed = np.random.SeedSequence([args.seed, 1]).generate_state(2).tolist()
     agent = Agent(A, args.spectral_norm, torch.Generator().manual_seed(init_seed)).to(device)
     noise_rng = torch.Generator(device).manual_seed(noise_seed)
+    if args.compile:
+        for network in (agent.encoder, agent.reward_model, agent.transition_model):
+            network.compile()
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
-    obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
+    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     host_actions = torch.zeros((T, N), dtype=torch.int64)
     log_probs = torch.zeros((T, N, A), device=device)
     values = torch.zeros((T + 1, N), device=device)
@@ -604,7 +611,7 @@ def train(args: Args) -> None:
     envs = make_envs(args)
     episodic_return, episodic_length = np.zeros(N), np.zeros(N, dtype=np.int64)
     recent_returns = deque(maxlen=100)
-    obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device)
+    obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device).permute(0, 2, 3, 1)
     done = np.zeros(N, dtype=bool)
     global_step, start_weights = 0, agent.state_dict()
     start_time = time.time()
@@ -623,7 +630,8 @@ def train(args: Args) -> None:
 
             next_obs, reward, ended, truncated, info = envs.step(host_actions[t].numpy().astype(np.int32))
             dummy, done = done, ended | truncated
-            obs[t + 1] = to_device(torch.from_numpy(next_obs), device)  # the true s', even where an episode ends
+            # The true s', even where an episode ends; channels last, as convolutions are faster so.
+            obs[t + 1] = to_device(torch.from_numpy(next_obs), device).permute(0, 2, 3, 1)
             rewards[t] = to_device(torch.from_numpy(np.sign(reward)), device)
             terminated[t] = to_device(torch.from_numpy(ended), device)  # by a lost life too, but not by the time limit
             dones[t + 1] = to_device(torch.from_numpy(done), device)
@@ -648,22 +656,21 @@ def train(args: Args) -> None:
 
         # ==== 9. Update ===============================================================================================
         start_weights = {name: weight.clone() for name, weight in agent.state_dict().items()}
+        noise = None
+        if run_world_model:  # once for all minibatches, as their transitions are shuffled: a CPU takes long to draw it
+            noise = torch.randn((M, *agent.transition_model.noise_shape), device=device, generator=noise_rng).to(dtype)
         minibatch_stats = []
         for _ in range(args.update_epochs):
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
                 # A chunk is L steps of one environment. Its L + 1 frames are encoded once, as s and as the last s'.
-                frame_t = chunks[:, None] // N * L + torch.arange(L + run_world_model)  # (chunks, L + 1)
-                t, n = frame_t[:, :L], chunks[:, None] % N
-                mb_actions = host_actions[t, n].flatten()
-                frame_t, t, n = to_device(frame_t, device), to_device(t, device), to_device(n, device)
-                batch = Minibatch(*(x[t, n].flatten(0, 1) for x in rollout))
+                t = chunks[:, None] // N * L + torch.arange(L + run_world_model)
+                rows = to_device(t * N + chunks[:, None] % N, device)  # (chunks, L + 1), of the (T + 1) N frames
+                batch = Minibatch(*(x.flatten(0, 1)[rows[:, :L].flatten()] for x in rollout))
                 with autocast:
-                    frames_z = agent.encode(obs[frame_t, n].flatten(0, 1)).unflatten(0, frame_t.shape)
-                    z, next_z, noise = frames_z[:, :L].flatten(0, 1), None, None
-                    if run_world_model:
-                        next_z = frames_z[:, 1:].flatten(0, 1)
-                        noise = torch.randn((*z.shape, 5), device=device, generator=noise_rng)
-                    loss, stats = compute_loss(agent, batch, z, next_z, mb_actions, noise, args)
+                    frames_z = agent.encode(obs.flatten(0, 1).index_select(0, rows.flatten())).unflatten(0, rows.shape)
+                    z = frames_z[:, :L].flatten(0, 1)
+                    next_z = frames_z[:, 1:].flatten(0, 1) if run_world_model else None
+                    loss, stats = compute_loss(agent, batch, z, next_z, noise, args)
                 optimizer.zero_grad()
                 loss.backward()
                 stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)

@@ -20,6 +20,7 @@ Cost: 154 steps a second on 2 CPU cores in float32, so 10 M steps take 18 hours 
 # ==== 1. Imports ======================================================================================================
 
 import csv
+import ctypes
 import difflib
 import importlib.metadata
 import importlib.util
@@ -60,6 +61,8 @@ class Args:
     """where the networks live; auto takes CUDA if present"""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """arithmetic of the networks; auto takes bf16 where the hardware has it (CUDA, AMX, AVX512-BF16); losses: fp32"""
+    compile: bool = False
+    """compile the networks with torch.compile: for CUDA; on a CPU it takes a C++ compiler and gains next to nothing"""
     runs_dir: str = "runs"
     """folder in which the run's own folder is made"""
     run_name: str | None = None
@@ -203,7 +206,7 @@ class Layer(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """R̄(z, a): a network with one output per action, of which only the taken action's is computed."""
+    """R̄(z, a): a network with one output per action."""
 
     def __init__(self, num_actions: int, generator: torch.Generator):
         super().__init__()
@@ -213,41 +216,36 @@ class RewardModel(nn.Module):
     def forward(self, z: Tensor, actions: Tensor) -> Tensor:
         """Predicted clipped reward (B,) of latents z (B, 7, 7, 64) and actions (B,)."""
         x = F.relu(F.linear(z.flatten(1), self.hidden.weight, self.hidden.bias))
-        return (x * self.output.weight[actions]).sum(-1) + self.output.bias[actions]
-
-
-def conv_2x2(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """2x2 'same' convolution (padded at the bottom and the right) of x (B, H, W, C), channels last in and out."""
-    x = F.pad(x, (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias).permute(0, 2, 3, 1)
+        x = F.linear(x, self.output.weight, self.output.bias).float()  # (B, A)
+        return x.gather(1, actions[:, None]).squeeze(1)
 
 
 class TransitionModel(nn.Module):
     """P̄(z, a): the next latent, as one deterministic prediction.
 
-    The layer has outputs for every action. Rows are grouped by action, so that only the taken action's weights are ever
-    multiplied: the cost does not grow with A.
+    The layer is a 2x2 convolution with outputs for every action, of which only the taken action's are computed: a
+    product with the one-hot action picks each row's kernels, another multiplies them with that row's patches. So the
+    cost hardly grows with A, and nothing is scattered, forward or backward.
     """
 
     def __init__(self, num_actions: int, generator: torch.Generator):
         super().__init__()
         self.num_actions = num_actions
         self.conv = Layer((64 * num_actions, 64, 2, 2), generator)
+        # The linear map from a 7x7 image to its 2x2 patches, zero beyond the bottom and the right: (49, 4 x 49).
+        patches = F.unfold(F.pad(torch.eye(49).view(49, 1, 7, 7), (0, 1, 0, 1)), kernel_size=2)
+        self.register_buffer("to_patches", patches.flatten(1), persistent=False)
 
     def forward(self, z: Tensor, actions: Tensor) -> Tensor:
-        """Predicted next latents, (B, 7, 7, 64).
-
-        `actions` (B,) is on the host, which must know how many rows each action has, or the device would have to wait.
-        """
-        rows = actions.argsort(stable=True)
-        counts = actions.bincount(minlength=self.num_actions).tolist()
-        rows = to_device(rows, z.device)
-        kernels = self.conv.weight.view(64, self.num_actions, 64, 2, 2).unbind(1)
-        biases = self.conv.bias.view(64, self.num_actions).unbind(1)
-        predicted = [
-            F.relu(conv_2x2(x, kernels[a], biases[a])) for a, x in enumerate(z[rows].split(counts)) if counts[a] > 0
-        ]
-        return torch.cat(predicted).float()[rows.argsort()]  # back in the order of z
+        """Predicted next latents, (B, 7, 7, 64), of z (B, 7, 7, 64) and actions (B,)."""
+        # Outputs are ordered (64 latent channels, A actions).
+        kernels = self.conv.weight.view(64, self.num_actions, 64 * 2 * 2).transpose(0, 1).flatten(1)
+        biases = self.conv.bias.view(64, self.num_actions).mT
+        taken = F.one_hot(actions, self.num_actions).float()  # (B, A)
+        kernels, biases = (taken @ kernels).view(-1, 64, 64 * 2 * 2), (taken @ biases)[:, :, None]
+        patches = (z.flatten(1, 2).mT @ self.to_patches).view(-1, 64 * 2 * 2, 49)  # (B, 256, 49)
+        predicted = F.relu(torch.baddbmm(biases, kernels, patches))  # (B, 64, 49)
+        return predicted.mT.reshape(z.shape).float()
 
 
 class Agent(nn.Module):
@@ -270,8 +268,9 @@ class Agent(nn.Module):
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
     def encode(self, obs: Tensor) -> Tensor:
-        """z = φ(s), (B, 7, 7, 64), of frames (B, 4, 84, 84) uint8."""
-        frames = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
+        """z = φ(s), (B, 7, 7, 64), of frames (B, 84, 84, 4) uint8, channels last."""
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(obs.device.type) else torch.float32
+        frames = obs.to(dtype).div_(255).permute(0, 3, 1, 2)
         return self.encoder(frames).float().permute(0, 2, 3, 1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,11 +344,11 @@ def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").flatten(1).mean(-1)
 
 
-def gradient_penalty(agent: Agent, batch: Minibatch, z: Tensor, host_actions: Tensor) -> Tensor:
+def gradient_penalty(agent: Agent, batch: Minibatch, z: Tensor) -> Tensor:
     """G = E‖∂ΣP̄(z,a)/∂z‖² + E‖∂R̄(z,a)/∂z‖²: how steep the world model is, without a target; z is detached from φ."""
     z = z.detach().requires_grad_()
     penalty = torch.zeros((), device=z.device)
-    predicted_next_z = agent.transition_model(z, host_actions)
+    predicted_next_z = agent.transition_model(z, batch.actions)
     predicted_rewards = agent.reward_model(z, batch.actions)
     for prediction in (predicted_next_z, predicted_rewards):
         gradient = torch.autograd.grad(prediction.sum(), z, create_graph=True)[0].flatten(1)  # (M, 3136)
@@ -369,11 +368,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_loss(
-    agent: Agent, batch: Minibatch, z: Tensor, next_z: Tensor, host_actions: Tensor, args: Args
+    agent: Agent, batch: Minibatch, z: Tensor, next_z: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a minibatch, and what of it is logged, as scalars.
 
-    z, next_z: φ(s) and φ(s') of the M transitions, neither detached; host_actions: the actions in host memory.
+    z, next_z: φ(s) and φ(s') of the M transitions, neither detached.
     """
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
@@ -382,7 +381,7 @@ def compute_loss(
 
     advantages = normalize(batch.advantages, batch.mask)
     mean_reward_loss = masked_mean(reward_loss(agent.reward_model(z, batch.actions), batch.rewards), batch.mask)  # L_R
-    predicted_next_z = agent.transition_model(z, host_actions)
+    predicted_next_z = agent.transition_model(z, batch.actions)
     mean_transition_loss = masked_mean(transition_loss(predicted_next_z, next_z), batch.mask)  # L_P
     world_model_loss = args.reward_loss_coef * mean_reward_loss + args.transition_loss_coef * mean_transition_loss
     world_model_stats = {
@@ -390,7 +389,7 @@ def compute_loss(
         "world_model/transition_loss": mean_transition_loss,
     }
     if args.gradient_penalty_coef > 0:
-        penalty = gradient_penalty(agent, batch, z, host_actions)
+        penalty = gradient_penalty(agent, batch, z)
         world_model_loss = world_model_loss + args.gradient_penalty_coef * penalty
         world_model_stats["world_model/gradient_penalty"] = penalty
 
@@ -427,6 +426,14 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     features = torch.cpu.get_capabilities()
     return "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensors; the system would clear every page before giving it again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not on macOS
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def make_run_dir(args: Args) -> Path:
@@ -479,6 +486,7 @@ def train(args: Args) -> None:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.precision, device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
+    keep_freed_memory()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     run = describe_run(args, device, precision)
     (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
@@ -498,9 +506,11 @@ def train(args: Args) -> None:
     # The world model draws from a generator of its own, so that the rest of the agent starts as the baseline does.
     init_seed = np.random.SeedSequence([args.seed, 1]).generate_state(1).item()
     agent = Agent(A, torch.Generator().manual_seed(init_seed)).to(device)
+    if args.compile:
+        agent.encoder.compile()  # not the world model: its penalty takes a gradient of a gradient
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
-    obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
+    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     host_actions = torch.zeros((T, N), dtype=torch.int64)
     log_probs = torch.zeros((T, N, A), device=device)
     values = torch.zeros((T + 1, N), device=device)
@@ -511,7 +521,7 @@ def train(args: Args) -> None:
     envs = make_envs(args)
     episodic_return, episodic_length = np.zeros(N), np.zeros(N, dtype=np.int64)
     recent_returns = deque(maxlen=100)
-    obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device)
+    obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device).permute(0, 2, 3, 1)
     done = np.zeros(N, dtype=bool)
     global_step, start_weights = 0, agent.state_dict()
     start_time = time.time()
@@ -530,7 +540,8 @@ def train(args: Args) -> None:
 
             next_obs, reward, ended, truncated, info = envs.step(host_actions[t].numpy().astype(np.int32))
             dummy, done = done, ended | truncated
-            obs[t + 1] = to_device(torch.from_numpy(next_obs), device)  # the true s', even where an episode ends
+            # The true s', even where an episode ends; channels last, as convolutions are faster so.
+            obs[t + 1] = to_device(torch.from_numpy(next_obs), device).permute(0, 2, 3, 1)
             rewards[t] = to_device(torch.from_numpy(np.sign(reward)), device)
             terminated[t] = to_device(torch.from_numpy(ended), device)  # by a lost life too, but not by the time limit
             dones[t + 1] = to_device(torch.from_numpy(done), device)
@@ -559,15 +570,13 @@ def train(args: Args) -> None:
         for _ in range(args.update_epochs):
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
                 # A chunk is L steps of one environment. Its L + 1 frames are encoded once, as s and as the last s'.
-                frame_t = chunks[:, None] // N * L + torch.arange(L + 1)  # (chunks, L + 1)
-                t, n = frame_t[:, :L], chunks[:, None] % N
-                mb_actions = host_actions[t, n].flatten()
-                frame_t, t, n = to_device(frame_t, device), to_device(t, device), to_device(n, device)
-                batch = Minibatch(*(x[t, n].flatten(0, 1) for x in rollout))
+                t = chunks[:, None] // N * L + torch.arange(L + 1)
+                rows = to_device(t * N + chunks[:, None] % N, device)  # (chunks, L + 1), of the (T + 1) N frames
+                batch = Minibatch(*(x.flatten(0, 1)[rows[:, :L].flatten()] for x in rollout))
                 with autocast:
-                    frames_z = agent.encode(obs[frame_t, n].flatten(0, 1)).unflatten(0, frame_t.shape)
+                    frames_z = agent.encode(obs.flatten(0, 1).index_select(0, rows.flatten())).unflatten(0, rows.shape)
                     z, next_z = frames_z[:, :L].flatten(0, 1), frames_z[:, 1:].flatten(0, 1)
-                    loss, stats = compute_loss(agent, batch, z, next_z, mb_actions, args)
+                    loss, stats = compute_loss(agent, batch, z, next_z, args)
                 optimizer.zero_grad()
                 loss.backward()
                 stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)

@@ -18,6 +18,7 @@ Cost: 334 steps a second on 2 CPU cores in float32, so 10 M steps take 8 hours t
 # ==== 1. Imports ======================================================================================================
 
 import csv
+import ctypes
 import difflib
 import importlib.metadata
 import importlib.util
@@ -58,6 +59,8 @@ class Args:
     """where the networks live; auto takes CUDA if present"""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """arithmetic of the networks; auto takes bf16 where the hardware has it (CUDA, AMX, AVX512-BF16); losses: fp32"""
+    compile: bool = False
+    """compile the networks with torch.compile: for CUDA; on a CPU it takes a C++ compiler and gains next to nothing"""
     runs_dir: str = "runs"
     """folder in which the run's own folder is made"""
     run_name: str | None = None
@@ -199,8 +202,9 @@ class Agent(nn.Module):
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
     def encode(self, obs: Tensor) -> Tensor:
-        """z = φ(s), (B, 7, 7, 64), of frames (B, 4, 84, 84) uint8."""
-        frames = obs.contiguous(memory_format=torch.channels_last).float().div_(255)
+        """z = φ(s), (B, 7, 7, 64), of frames (B, 84, 84, 4) uint8, channels last."""
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(obs.device.type) else torch.float32
+        frames = obs.to(dtype).div_(255).permute(0, 3, 1, 2)
         return self.encoder(frames).float().permute(0, 2, 3, 1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,6 +318,14 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "fp32"
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensors; the system would clear every page before giving it again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not on macOS
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
+
+
 def make_run_dir(args: Args) -> Path:
     """The run's new folder. Raises SystemExit(2) if it exists or cannot be made."""
     run_name = args.run_name or f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
@@ -364,6 +376,7 @@ def train(args: Args) -> None:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.precision, device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
+    keep_freed_memory()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     run = describe_run(args, device, precision)
     (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
@@ -381,9 +394,11 @@ def train(args: Args) -> None:
 
     torch.manual_seed(args.seed)
     agent = Agent(A).to(device)
+    if args.compile:
+        agent.encoder.compile()
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
-    obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
+    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     host_actions = torch.zeros((T, N), dtype=torch.int64)
     log_probs = torch.zeros((T, N, A), device=device)
     values = torch.zeros((T + 1, N), device=device)
@@ -394,7 +409,7 @@ def train(args: Args) -> None:
     envs = make_envs(args)
     episodic_return, episodic_length = np.zeros(N), np.zeros(N, dtype=np.int64)
     recent_returns = deque(maxlen=100)
-    obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device)
+    obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device).permute(0, 2, 3, 1)
     done = np.zeros(N, dtype=bool)
     global_step, start_weights = 0, agent.state_dict()
     start_time = time.time()
@@ -413,7 +428,8 @@ def train(args: Args) -> None:
 
             next_obs, reward, ended, truncated, info = envs.step(host_actions[t].numpy().astype(np.int32))
             dummy, done = done, ended | truncated
-            obs[t + 1] = to_device(torch.from_numpy(next_obs), device)  # the true s', even where an episode ends
+            # The true s', even where an episode ends; channels last, as convolutions are faster so.
+            obs[t + 1] = to_device(torch.from_numpy(next_obs), device).permute(0, 2, 3, 1)
             rewards[t] = to_device(torch.from_numpy(np.sign(reward)), device)
             terminated[t] = to_device(torch.from_numpy(ended), device)  # by a lost life too, but not by the time limit
             dones[t + 1] = to_device(torch.from_numpy(done), device)
@@ -442,11 +458,11 @@ def train(args: Args) -> None:
         for _ in range(args.update_epochs):
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
                 # A chunk is L steps of one environment.
-                t, n = chunks[:, None] // N * L + torch.arange(L), chunks[:, None] % N  # (chunks, L), (chunks, 1)
-                t, n = to_device(t, device), to_device(n, device)
-                batch = Minibatch(*(x[t, n].flatten(0, 1) for x in rollout))
+                t = chunks[:, None] // N * L + torch.arange(L)  # (chunks, L)
+                rows = to_device(t * N + chunks[:, None] % N, device).flatten()  # of the T·N in the rollout
+                batch = Minibatch(*(x.flatten(0, 1)[rows] for x in rollout))
                 with autocast:
-                    z = agent.encode(obs[t, n].flatten(0, 1))
+                    z = agent.encode(obs.flatten(0, 1).index_select(0, rows))
                     loss, stats = compute_loss(agent, batch, z, args)
                 optimizer.zero_grad()
                 loss.backward()

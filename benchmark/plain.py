@@ -22,20 +22,20 @@ class PlainTransitionModel(deep_spi_ppo_atari.TransitionModel):
     """P̄ with the outputs of all A actions computed in one grouped convolution, of which the taken action's are kept."""
 
     def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """One sample z̄' of P̄(·|z, a), (B, 7, 7, 64), from z (B, 7, 7, 64), actions (B,), noise (B, 7, 7, 64, 5)."""
+        """One sample z̄' of P̄(·|z, a), (B, 7, 7, 64), from z (B, 7, 7, 64), actions (B,), noise (B, 16, 5, 4 x 49)."""
         padded = F.pad(z.permute(0, 3, 1, 2), (0, 1, 0, 1))
         hidden = F.conv2d(padded, self.hidden.normalized_weight(), self.hidden.bias)  # (B, 128, 7, 7)
         hidden = hidden.unflatten(1, (64, 2)).sort(dim=2).values.flatten(1, 2)
         padded = F.pad(hidden, (0, 1, 0, 1))
         outputs = F.conv2d(padded, self.components.normalized_weight(), self.components.bias, groups=16)
         rows = torch.arange(len(z), device=z.device)
-        actions = actions.to(z.device)
         outputs = outputs.unflatten(1, (64, 5, 2, self.num_actions))[rows, :, :, :, actions]  # (B, 64, 5, 2, 7, 7)
-        loc, scale = 0.5 * outputs[:, :, :, 0], 0.5 * (F.softplus(outputs[:, :, :, 1]) + 1e-6)
+        loc, scale = 0.5 * outputs[:, :, :, 0], 0.5 * (F.softplus(outputs[:, :, :, 1]) + 1e-6)  # (B, 64, 5, 7, 7)
         flat = hidden.permute(0, 2, 3, 1).flatten(1)
         logits = F.linear(flat, self.mixture.normalized_weight(), self.mixture.bias)
         weights = logits.unflatten(1, (5, self.num_actions))[rows, :, actions].softmax(-1)  # (B, 5)
-        components = loc + scale * noise.clamp(-1, 1).permute(0, 3, 4, 1, 2)  # (B, 64, 5, 7, 7)
+        noise = noise.view(-1, 16, 5, 4, 7, 7).transpose(2, 3).flatten(1, 2)  # (B, 64, 5, 7, 7)
+        components = loc + scale * noise.clamp(-1, 1)
         return (weights[:, None, :, None, None] * components).sum(2).permute(0, 2, 3, 1)
 
 
@@ -48,7 +48,10 @@ def make_plain(script):
             self.encoder.to(memory_format=torch.contiguous_format)
 
         def encode(self, obs: Tensor) -> Tensor:
-            return self.encoder(obs.float() / 255).permute(0, 2, 3, 1)
+            frames = obs.permute(
+                0, 3, 1, 2
+            ).contiguous()  # a hundredth of the update's time, for what is stored otherwise
+            return self.encoder(frames.float() / 255).permute(0, 2, 3, 1)
 
     script.Agent = PlainAgent
     if hasattr(script, "TransitionModel"):

@@ -5,10 +5,11 @@ minutes apart on the same machine; the first round's order is reversed in the ne
 benchmark/results/throughput.csv, a line per case, round and measure. `python -m benchmark.throughput_figures` prints
 the ratios and draws where an iteration's time goes.
 
-An iteration is 128 x 8 steps: the first is not counted, as it pays for memory and libraries. Overhead is what the whole
-process took beyond its training: to load libraries, to build games and agent, to save and end. The roofline is the time
-that an iteration's multiplications would take at the speed of a large matrix product on this machine, plus the
-environment's own time.
+The scripts run with `--precision auto`, in bf16 where the processor has units for it; the plain form and
+Stable-Baselines3 in float32. An iteration is 128 x 8 steps: the first is not counted, as it pays for memory and
+libraries. Overhead is what the whole process took beyond its training: to load libraries, to build games and agent, to
+save and end. The roofline is the time that an iteration's multiplications would take at the speed of a large matrix
+product on this machine, plus the environment's own time.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import csv
 import importlib
 import importlib.util
 import json
-import math
 import os
 import platform
 import resource
@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.collect import read_events
 
@@ -51,20 +50,28 @@ class Case:
     iterations: int = 3
 
 
+FORMS = {  # for which numbers of actions each script is run in each form; only what P̄ is part of depends on A
+    "ppo_baseline": {"": (4, 6, 18), "learner": (6,), "plain": (6,)},
+    "deepmdp_ppo_atari": {"": (6, 18), "learner": (6,)},
+    "deep_spi_ppo_atari": {"": (4, 6, 18), "learner": (4, 6, 18), "plain": (6, 18)},
+}
+
+
 def cases() -> dict[str, Case]:
-    """Every case by name: <script> <form> A=<number of actions>."""
+    """Every case by name: <script> <form> A=<number of actions>. No form is the script itself, end to end."""
     table = {}
-    for script in ("ppo_baseline", "deepmdp_ppo_atari", "deep_spi_ppo_atari"):
-        shape = ("--num-envs", "128", "--num-steps", "8")
-        for num_actions, game in GAMES.items():
-            flags = ("--env-id", game, *shape)
-            table[f"{script} A={num_actions}"] = Case((f"{script}.py", *flags), num_actions)
-            learner = ("-m", "benchmark.throughput", "learner", script, *flags)
-            table[f"{script} learner A={num_actions}"] = Case(learner, num_actions)
-            if script != "deepmdp_ppo_atari":
-                plain = ("-m", "benchmark.plain", script, *flags)
-                slow = script == "deep_spi_ppo_atari" and num_actions == 18
-                table[f"{script} plain A={num_actions}"] = Case(plain, num_actions, 1 if slow else 2)
+    for script, forms in FORMS.items():
+        for form, numbers in forms.items():
+            for num_actions in numbers:
+                start = {
+                    "": (f"{script}.py", "--precision", "auto"),
+                    "learner": ("-m", "benchmark.throughput", "learner", script, "--precision", "auto"),
+                    "plain": ("-m", "benchmark.plain", script),
+                }[form]
+                command = (*start, "--env-id", GAMES[num_actions], "--num-envs", "128", "--num-steps", "8")
+                name = f"{script} {form} A={num_actions}".replace("  ", " ")
+                slow = form == "plain" and num_actions == 18
+                table[name] = Case(command, num_actions, 1 if slow else 3)
     if importlib.util.find_spec("stable_baselines3"):
         table["stable_baselines3 A=6"] = Case(("-m", "benchmark.sb3_ppo", "--env-id", GAMES[6]), 6)
     return table
@@ -133,21 +140,31 @@ def stages(num_actions: int) -> dict[str, float]:
     baseline = importlib.import_module("ppo_baseline")
     torch.manual_seed(0)
     agent = script.Agent(num_actions, "exact", torch.Generator().manual_seed(0))
-    obs = torch.randint(0, 256, (FRAMES, 4, 84, 84), dtype=torch.uint8)
+    precision = script.choose_precision("auto", torch.device("cpu"))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    script.keep_freed_memory()
+    obs = torch.randint(0, 256, (FRAMES, 84, 84, 4), dtype=torch.uint8)
     actions = torch.randint(0, num_actions, (ROWS,))
     z, next_z = torch.rand(2, ROWS, 7, 7, 64)
     z.requires_grad_()
-    noise_rng = torch.Generator().manual_seed(0)
 
     def encoder(frames: int):
-        agent.encode(obs[:frames]).sum().backward()
+        with autocast:
+            z = agent.encode(obs[:frames])
+        z.sum().backward()
+
+    noise = torch.randn(ROWS, *agent.transition_model.noise_shape, dtype=dtype)
 
     def transition():
-        noise = torch.randn((ROWS, 7, 7, 64, 5), generator=noise_rng)
-        script.transition_loss(agent.transition_model(z, actions, noise), next_z).mean().backward()
+        with autocast:
+            loss = script.transition_loss(agent.transition_model(z, actions, noise), next_z).mean()
+        loss.backward()
 
     def reward():
-        script.reward_loss(agent.reward_model(z, actions), torch.zeros(ROWS)).mean().backward()
+        with autocast:
+            loss = script.reward_loss(agent.reward_model(z, actions), torch.zeros(ROWS)).mean()
+        loss.backward()
 
     args = script.Args()
     envs = baseline.make_envs(baseline.Args(env_id=GAMES[num_actions]))
@@ -165,43 +182,29 @@ def stages(num_actions: int) -> dict[str, float]:
         "reward_256_rows_s": timed(reward),
         "environment_sps": 64 * args.num_envs / timed(environment, repeats=3),
     }
-    matrix = torch.randn(2048, 2048)
+    matrix = torch.randn(2048, 2048, dtype=dtype)
     result["matrix_flops_per_s"] = 2 * 2048**3 / timed(lambda: matrix @ matrix)
     return result | {
-        "deep_spi_flops": iteration_flops(script, num_actions),
-        "ppo_flops": iteration_flops(baseline, num_actions),
+        "deep_spi_flops": iteration_flops(True, num_actions),
+        "ppo_flops": iteration_flops(False, num_actions),
     }
 
 
-def conv_backward(grad_out, x, weight, *settings, out_shape=None, **_) -> int:
-    """Operations of a convolution's backward, from shapes: as many as its forward for each of the two gradients.
+def iteration_flops(world_model: bool, num_actions: int) -> float:
+    """Multiplications and additions that an iteration cannot do without, counted by hand.
 
-    torch's own count takes the weight's gradient for that of a convolution without groups.
+    They are the policy's on 128 frames at 9 moments, and 16 updates: forward, and twice that backward, but for the
+    first layer, whose input needs no gradient. What a form does beside that (spectral norms, picking kernels, moving
+    patches) is its own affair.
     """
-    output_mask = settings[-1]  # whether the gradients of x, weight and bias are needed
-    return 2 * math.prod(grad_out) * math.prod(weight[1:]) * (output_mask[0] + output_mask[1])
-
-
-def iteration_flops(script, num_actions: int) -> float:
-    """Multiplications and additions of an iteration: the policy on 128 frames at 9 moments, and 16 updates."""
-    world_model = hasattr(script, "TransitionModel")
-    settings = (num_actions, "exact", torch.Generator()) if world_model else (num_actions,)
-    agent, args = script.Agent(*settings), script.Args()
-    obs = torch.zeros((FRAMES if world_model else ROWS, 4, 84, 84), dtype=torch.uint8)
-    actions = torch.arange(ROWS) % num_actions
-    zeros = torch.zeros(ROWS)
-    fields = {"actions": actions, "rewards": zeros, "old_log_probs": torch.zeros(ROWS, num_actions)}
-    fields |= {"advantages": zeros, "returns": zeros, "mask": torch.ones(ROWS)}
-    batch = script.Minibatch(*(fields[name] for name in script.Minibatch._fields))
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: conv_backward}) as update:
-        z = agent.encode(obs)
-        if world_model:
-            extra = (z[FRAMES - ROWS :], actions, torch.zeros(ROWS, 7, 7, 64, 5))
-        loss, _ = script.compute_loss(agent, batch, z[:ROWS], *(extra if world_model else ()), args)
-        loss.backward()
-    with FlopCounterMode(display=False) as rollout, torch.no_grad():
-        agent.policy_and_value(agent.encode(obs[:128]))
-    return MINIBATCHES * update.get_total_flops() + 9 * rollout.get_total_flops()
+    convolutions = [20 * 20 * 32 * 256, 9 * 9 * 64 * 512, 7 * 7 * 64 * 576]
+    heads = 3136 * 512 + 512 * num_actions + 512
+    transition = 49 * 128 * 256 + 49 * 640 * 32 + 6272 * 5 + 3136 * 5  # of the taken action
+    reward = 3136 * 256 + 256 * 256 + 256
+    frame = 2 * (3 * sum(convolutions) - convolutions[0])
+    row = 6 * (heads + world_model * (transition + reward))
+    rollout = 9 * 128 * 2 * (sum(convolutions) + heads)
+    return rollout + MINIBATCHES * ((FRAMES if world_model else ROWS) * frame + ROWS * row)
 
 
 def describe_machine() -> str:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ITERATION = 1024  # agent steps
-STAGES = ("environment", "encoder, 16 updates", "P̄ and ℓ_P with its noise", "R̄ and ℓ_R", "rest of the learner")
+STAGES = ("environment", "encoder, 16 updates", "P̄ and ℓ_P", "R̄ and ℓ_R", "rest of the learner")
 RATIOS = {  # label: above and below the fraction line, each (case, measure)
     "`ppo_baseline.py` : plain, end to end": (("ppo_baseline A=6", "sps"), ("ppo_baseline plain A=6", "sps")),
     **{
@@ -20,7 +20,7 @@ RATIOS = {  # label: above and below the fraction line, each (case, measure)
             (f"deep_spi_ppo_atari A={a}", "sps"),
             (f"deep_spi_ppo_atari plain A={a}", "sps"),
         )
-        for a in (4, 6, 18)
+        for a in (6, 18)
     },
     **{
         f"`{script}.py` : `ppo_baseline.py`, end to end, A = {a}": (
@@ -28,7 +28,7 @@ RATIOS = {  # label: above and below the fraction line, each (case, measure)
             (f"ppo_baseline A={a}", "sps"),
         )
         for script in ("deepmdp_ppo_atari", "deep_spi_ppo_atari")
-        for a in (4, 6, 18)
+        for a in (6, 18)
     },
     "Deep SPI learner, A = 18 : A = 4": (
         ("deep_spi_ppo_atari learner A=18", "sps"),
@@ -112,7 +112,7 @@ def throughput_figure(results: Path) -> None:
                 * np.median(values[stages, "encoder_288_frames_s" if has_model else "encoder_256_rows_s"]),
             }
             if has_model:
-                parts["P̄ and ℓ_P with its noise"] = 16 * np.median(values[stages, "transition_256_rows_s"])
+                parts["P̄ and ℓ_P"] = 16 * np.median(values[stages, "transition_256_rows_s"])
                 parts["R̄ and ℓ_R"] = 16 * np.median(values[stages, "reward_256_rows_s"])
             parts["rest of the learner"] = learner - sum(list(parts.values())[1:])
             left = 0.0

@@ -110,6 +110,25 @@ def named_parameters(agent: torch.nn.Module, algorithm: str) -> dict[str, torch.
     return dict(sorted(parameters.items()))
 
 
+def components(model: torch.nn.Module, z: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (B, K), loc and scale (B, K, 3136) of the mixture P̄, found by sampling, as the script mixes first.
+
+    With all weight on component k, the sample with noise 0 is loc_k, and with noise 1 it is loc_k + scale_k. The
+    weights are those with which the loc_k mix to the sample with noise 0.
+    """
+    noise = torch.zeros(len(z), *model.noise_shape)
+    mean = model(z, actions, noise).flatten(1)
+    start, locs, scales = model.mixture.bias.clone(), [], []
+    for k in range(5):
+        model.mixture.bias.view(5, -1)[k] += 1e4
+        locs.append(model(z, actions, noise).flatten(1))
+        scales.append(model(z, actions, noise + 1).flatten(1) - locs[-1])
+        model.mixture.bias.copy_(start)
+    loc = torch.stack(locs, dim=1)  # (B, K, 3136)
+    weights = torch.linalg.lstsq(loc.mT.double(), mean[:, :, None].double()).solution.squeeze(-1)
+    return weights.float(), loc, torch.stack(scales, dim=1)
+
+
 def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -> Iterator[Comparison]:
     """Compare the script's agent with a case's numbers. `script` may be given to test an altered one."""
     algorithm, seed = str(case["algorithm"]), int(case["seed"])
@@ -129,15 +148,16 @@ def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -
         for module in agent.modules():
             if hasattr(module, "power_start"):
                 module.power_start.copy_(torch.from_numpy(case[f"power_start/{len(module.power_start)}"]))
-    obs = torch.from_numpy(random.randint(0, 256, (rows, 4, 84, 84)).astype(np.uint8))
-    next_obs = torch.from_numpy(random.randint(0, 256, (rows, 4, 84, 84)).astype(np.uint8))
+    obs = torch.from_numpy(random.randint(0, 256, (rows, 4, 84, 84)).astype(np.uint8)).permute(0, 2, 3, 1)
+    next_obs = torch.from_numpy(random.randint(0, 256, (rows, 4, 84, 84)).astype(np.uint8)).permute(0, 2, 3, 1)
     actions = torch.from_numpy(random.randint(0, num_actions, rows))
     rewards = torch.from_numpy(random.randint(-1, 2, rows).astype(np.float32))
     dones = torch.from_numpy(random.rand(rows) < 0.2)
     advantages = torch.from_numpy(random.standard_normal(rows).astype(np.float32))
     returns = torch.from_numpy(random.standard_normal(rows).astype(np.float32))
     random.standard_normal(rows)  # the noise of old_logprob, which is stored
-    noise = torch.from_numpy(random.standard_normal((rows, 5, 7, 7, 64)).astype(np.float32)).permute(0, 2, 3, 4, 1)
+    noise = torch.from_numpy(random.standard_normal((rows, 5, 7, 7, 64)).astype(np.float32))
+    noise = noise.view(rows, 5, 49, 16, 4).permute(0, 3, 1, 4, 2).flatten(3)  # as TransitionModel.forward has it
 
     with torch.no_grad():  # the case knows only the taken actions' old probabilities; the loss uses no other
         old_log_probs, _ = agent.policy_and_value(agent.encode(obs))
@@ -153,7 +173,7 @@ def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -
         return z, torch.where(dones[:, None, None, None], z, agent.encode(next_obs))
 
     def loss_and_stats() -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = (agent, batch, *latents(), actions, *([noise] if algorithm == "deepspi" else []), args)
+        inputs = (agent, batch, *latents(), *([noise] if algorithm == "deepspi" else []), args)
         return script.compute_loss(*inputs)
 
     def compare(name: str, ours: Tensor) -> Comparison:
@@ -180,11 +200,10 @@ def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -
         yield compare("reward_loss_per_sample", script.reward_loss(reward_pred, rewards))
         yield compare("transition_loss_per_sample", script.transition_loss(predicted, next_z))
         if algorithm == "deepspi":
-            moments = torch.zeros(3, rows, 5)
-            for a_rows, weights, loc, scale in agent.transition_model.distributions(z, actions):
-                moments[:, a_rows] = torch.stack((weights, loc.flatten(1, 3).mean(1), scale.flatten(1, 3).mean(1)))
-            for name, moment in zip(("mix_weights", "loc_mean", "scale_mean"), moments, strict=True):
-                yield compare(name, moment)
+            weights, loc, scale = components(agent.transition_model, z, actions)
+            yield compare("mix_weights", weights)
+            yield compare("loc_mean", loc.mean(-1))
+            yield compare("scale_mean", scale.mean(-1))
 
     loss, stats = loss_and_stats()
     loss.backward()

@@ -189,7 +189,7 @@ def test_encoding_once_gives_the_gradients_of_encoding_every_row(world, method):
         cg.encode_once(agent, pictures, states, next_states),
         (agent.encode(pictures[states]), agent.encode(pictures[next_states])),
     ):
-        loss, _ = cg.compute_loss(agent, batch, z, next_z, batch.actions, noise, args)
+        loss, _ = cg.compute_loss(agent, batch, z, next_z, noise, args)
         gradients.append(torch.autograd.grad(loss, list(agent.parameters())))
     for once, every in zip(*gradients, strict=True):
         assert every.abs().max() > 0
@@ -229,7 +229,7 @@ def test_zero_coefficients_with_the_world_model_running(world):
     for with_model in (False, True):
         z, next_z = cg.encode_once(agent, torch.from_numpy(world.pictures), states, next_states)
         noise = torch.ones((40, 1, 5), dtype=torch.float64)
-        loss, _ = cg.compute_loss(agent, batch, z, next_z if with_model else None, batch.actions, noise, args)
+        loss, _ = cg.compute_loss(agent, batch, z, next_z if with_model else None, noise, args)
         loss.backward()
         gradients.append([p.grad.clone() for p in (*agent.encoder.parameters(), *agent.actor.parameters())])
         agent.zero_grad()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import deep_spi_ppo
 import deep_spi_ppo_atari
@@ -101,8 +102,8 @@ def atari():
         returns=torch.randn(M),
         mask=torch.ones(M).index_fill(0, torch.tensor([2, 7]), 0.0),
     )
-    obs, next_obs = torch.randint(0, 256, (2, M, 4, 84, 84), dtype=torch.uint8)
-    noise = torch.randn(M, 7, 7, 64, 5)
+    obs, next_obs = torch.randint(0, 256, (2, M, 84, 84, 4), dtype=torch.uint8)
+    noise = torch.randn(M, 16, 5, 4 * 49)
     return agent, batch, obs, next_obs, noise
 
 
@@ -112,7 +113,6 @@ def deep_spi_loss(agent, batch, obs, next_obs, noise, **settings):
         batch,
         agent.encode(obs),
         agent.encode(next_obs),
-        batch.actions,
         noise,
         deep_spi_ppo_atari.Args(**settings),
     )
@@ -123,7 +123,7 @@ def test_losses_equal_plain_loops(atari):
     args = deep_spi_ppo_atari.Args(reward_loss_coef=0.3, transition_loss_coef=0.01)
     with torch.no_grad():
         z, next_z = agent.encode(obs), agent.encode(next_obs)
-        loss, stats = deep_spi_ppo_atari.compute_loss(agent, batch, z, next_z, batch.actions, noise, args)
+        loss, stats = deep_spi_ppo_atari.compute_loss(agent, batch, z, next_z, noise, args)
         log_probs, values = agent.policy_and_value(z)
         predicted_rewards = agent.reward_model(z, batch.actions)
         predicted_next_z = agent.transition_model(z, batch.actions, noise)
@@ -185,7 +185,7 @@ def test_both_ends_of_the_transition_pull_on_the_encoder(atari):
     agent, batch, obs, next_obs, noise = atari
     z = agent.encode(obs).detach().requires_grad_()
     next_z = agent.encode(next_obs).detach().requires_grad_()
-    loss, _ = deep_spi_ppo_atari.compute_loss(agent, batch, z, next_z, batch.actions, noise, deep_spi_ppo_atari.Args())
+    loss, _ = deep_spi_ppo_atari.compute_loss(agent, batch, z, next_z, noise, deep_spi_ppo_atari.Args())
     loss.backward()
     real = batch.mask > 0
     assert (next_z.grad[real].flatten(1).norm(dim=-1) > 0).all()
@@ -225,9 +225,7 @@ def test_dummy_rows_change_nothing(atari, method):
             loss, stats = ppo_baseline.compute_loss(agent, a_batch, agent.encode(frames), ppo_baseline.Args())
         elif method == "deepmdp":
             z, next_z = agent.encode(frames), agent.encode(next_frames)
-            loss, stats = deepmdp_ppo_atari.compute_loss(
-                agent, a_batch, z, next_z, a_batch.actions, deepmdp_ppo_atari.Args()
-            )
+            loss, stats = deepmdp_ppo_atari.compute_loss(agent, a_batch, z, next_z, deepmdp_ppo_atari.Args())
         else:
             placement = "utility" if method == "deep_spi" else "additive"
             loss, stats = deep_spi_loss(agent, a_batch, frames, next_frames, noise, loss_placement=placement)
@@ -288,7 +286,7 @@ def test_placements_differ_only_where_the_clip_bites(atari):
 def test_transition_model_equals_one_row_at_a_time(script, shape):
     """Grouping rows by action must not mix them up: each row alone gives the same sample, in its own place."""
     model = script.TransitionModel(5, "exact", torch.Generator().manual_seed(3))
-    z, noise = torch.randn(9, *shape), torch.randn(9, *shape, 5)
+    z, noise = torch.randn(9, *shape), torch.randn(9, *model.noise_shape)
     actions = torch.tensor([4, 0, 2, 2, 4, 0, 0, 4, 2])
     with torch.no_grad():
         together = model(z, actions, noise)
@@ -301,7 +299,7 @@ def test_transition_model_equals_all_outputs_computed_and_one_kept():
     num_actions, rows = 4, 10
     model = deep_spi_ppo_atari.TransitionModel(num_actions, "exact", torch.Generator().manual_seed(3))
     plain = PlainTransitionModel(num_actions, "exact", torch.Generator().manual_seed(3))
-    z, noise = torch.randn(rows, 7, 7, 64), torch.randn(rows, 7, 7, 64, 5)
+    z, noise = torch.randn(rows, 7, 7, 64), torch.randn(rows, *model.noise_shape)
     actions = torch.randint(0, num_actions, (rows,))
     expected = plain(z, actions, noise)
     ours = model(z, actions, noise)
@@ -361,24 +359,19 @@ def test_reward_model_is_1_lipschitz_whatever_its_weights():
     assert norms.max() > 0.3  # it did become steep: the bound is not met by being flat
 
 
-def output_elements(num_actions, monkeypatch):
-    """How many numbers the convolutions of one P̄ forward give for 36 rows, each action taken twice or more."""
-    model = deep_spi_ppo_atari.TransitionModel(num_actions, "exact", torch.Generator().manual_seed(3))
-    counted = []
-    conv2d = torch.nn.functional.conv2d
+def test_cost_hardly_grows_with_the_number_of_actions():
+    """Operations of P̄'s forward on a minibatch. σ and the mixture's logits grow with A; of the plain form all does."""
 
-    def counting(*inputs, **settings):
-        counted.append(conv2d(*inputs, **settings))
-        return counted[-1]
+    def operations(form, num_actions):
+        model = form(num_actions, "exact", torch.Generator().manual_seed(3))
+        z, noise = torch.randn(256, 7, 7, 64), torch.randn(256, *model.noise_shape)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(z, torch.arange(256) % num_actions, noise)
+        return counter.get_total_flops()
 
-    monkeypatch.setattr(torch.nn.functional, "conv2d", counting)
-    model(torch.randn(36, 7, 7, 64), torch.arange(36) % num_actions, torch.randn(36, 7, 7, 64, 5))
-    monkeypatch.undo()
-    return sum(output.numel() for output in counted)
-
-
-def test_outputs_of_actions_not_taken_are_never_computed(monkeypatch):
-    assert output_elements(4, monkeypatch) == output_elements(18, monkeypatch) == 36 * 49 * (128 + 640)
+    ours = deep_spi_ppo_atari.TransitionModel
+    assert operations(ours, 18) < 1.3 * operations(ours, 4)
+    assert operations(PlainTransitionModel, 18) > 3 * operations(PlainTransitionModel, 4)
 
 
 def test_sample_and_losses_are_float32_under_autocast(atari):

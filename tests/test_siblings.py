@@ -21,7 +21,7 @@ ALLOWED = {
     frozenset(("ppo_baseline.py", "deep_spi_ppo_atari.py")): METHOD,
     frozenset(("ppo_baseline.py", "deepmdp_ppo_atari.py")): METHOD,
     frozenset(("deep_spi_ppo_atari.py", "deepmdp_ppo_atari.py")): METHOD - {"Minibatch"}
-    | {"RewardModel", "TransitionModel", "transition_loss", "conv_2x2"},
+    | {"RewardModel", "TransitionModel", "transition_loss"},
     # pixels or vectors: the same method, other environments and network sizes
     frozenset(("deep_spi_ppo_atari.py", "deep_spi_ppo.py")): {"Args", "check_args", "Agent", "train"}
     | {"check_env", "make_envs", "RewardModel", "TransitionModel"},

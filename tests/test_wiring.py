@@ -100,9 +100,11 @@ def test_minibatches_are_what_happened(env_id, ends, sticky, chunk_length, monke
     step_of = {obs[s, n].tobytes(): (s, n) for s in range(T * iterations) for n in range(N)}
     assert len(step_of) == T * iterations * N
     seen, choices = set(), {}
-    for k, (_, batch, z, next_z, host_actions, noise, _) in enumerate(losses):
+    for k, (_, batch, z, next_z, noise, _) in enumerate(losses):
         iteration = k // args.num_minibatches
-        assert torch.equal(batch.actions, host_actions) and noise.shape == (*z.shape, 5)
+        assert noise.shape == (*z.shape, 5) and abs(noise.std() - 1) < 0.1
+        for other_k, other in enumerate(losses):  # the noise is drawn anew in every iteration, and only then
+            assert torch.equal(noise, other[4]) == (other_k // args.num_minibatches == iteration)
         values = gaes[iteration][1]
         for row in range(len(z)):
             s, n = step_of[z[row, :num_inputs].numpy().tobytes()]
@@ -172,3 +174,22 @@ def test_atari_episodes_are_whole_games_with_unclipped_returns(monkeypatch, tmp_
     learned = torch.cat([gae[0] for gae in gaes]).numpy()
     np.testing.assert_array_equal(learned, np.sign(rewards))
     assert sum(batch.mask.sum().item() for _, batch, _, _ in losses) == (~dummy).sum()
+
+
+def test_frames_reach_the_encoder_as_they_were_seen(monkeypatch, tmp_path):
+    """The update encodes the rollout's frames: (N, 4, 84, 84) from the games, channels last for it."""
+    args = ppo_baseline.Args(num_envs=4, num_steps=8, total_timesteps=64, num_minibatches=2, update_epochs=1, seed=3)
+    encode, updates = ppo_baseline.Agent.encode, []
+
+    def recorded(agent, obs):
+        if torch.is_grad_enabled():
+            updates.append(obs.clone())
+        return encode(agent, obs)
+
+    monkeypatch.setattr(ppo_baseline.Agent, "encode", recorded)
+    envs, _, _ = record(ppo_baseline, monkeypatch, tmp_path, args)
+    seen = envs.history()[0]  # (17, 4, 4, 84, 84)
+    for iteration in range(2):
+        ours = torch.cat(updates[2 * iteration : 2 * iteration + 2]).permute(0, 3, 1, 2).numpy()
+        theirs = seen[8 * iteration : 8 * iteration + 8].reshape(-1, 4, 84, 84)
+        assert sorted(frames.tobytes() for frames in ours) == sorted(frames.tobytes() for frames in theirs)
