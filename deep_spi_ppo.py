@@ -335,7 +335,7 @@ class TransitionModel(nn.Module):
         logits = F.linear(hidden, self.mixture.normalized_weight(), self.mixture.bias).float()
         logits = logits.view(-1, 5, self.num_actions).take_along_dim(actions[:, None, None], dim=2)
         weights = logits.softmax(1)  # (B, K, 1)
-        spread = (F.softplus(scale) + 1e-6) * noise.clamp(-1, 1)  # (B, 32, K)
+        spread = F.softplus(scale) * noise.clamp(-1, 1)  # (B, 32, K)
         with torch.autocast(z.device.type, enabled=False):  # z̄' is compared with z' in float32
             return 0.5 * ((loc + spread) @ weights).squeeze(-1)
 

@@ -335,7 +335,7 @@ class TransitionModel(nn.Module):
         patches = (hidden @ self.to_patches).view(-1, 8 * 2 * 2, 49)  # (16·B, 32, 49)
         outputs = torch.baddbmm(biases, kernels, patches).view(-1, 16, 1 + 5, 4 * 49)
         loc, scale = outputs.split((1, 5), dim=2)
-        spread = (F.softplus(scale) + 1e-6) * noise.clamp(-1, 1)  # (B, 16, K, 4 x 49)
+        spread = F.softplus(scale) * noise.clamp(-1, 1)  # (B, 16, K, 4 x 49)
         sample = 0.5 * (loc + weights.to(spread.dtype)[:, None, None] @ spread)  # (B, 16, 1, 4 x 49)
         return sample.view(-1, 64, 49).mT.reshape(z.shape).float()
 
@@ -347,11 +347,11 @@ class Agent(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
         self.reward_model = RewardModel(num_actions, spectral_norm, generator)
         self.transition_model = TransitionModel(num_actions, spectral_norm, generator)
@@ -362,8 +362,9 @@ class Agent(nn.Module):
     def encode(self, obs: Tensor) -> Tensor:
         """z = φ(s), (B, 7, 7, 64), of frames (B, 84, 84, 4) uint8, channels last."""
         dtype = torch.bfloat16 if torch.is_autocast_enabled(obs.device.type) else torch.float32
-        frames = obs.to(dtype).div_(255).permute(0, 3, 1, 2)
-        return self.encoder(frames).float().permute(0, 2, 3, 1)
+        first = self.encoder[0]  # dividing its weights by 255 is dividing the frames, of which there is far more
+        x = F.conv2d(obs.to(dtype).permute(0, 3, 1, 2), first.weight / 255, first.bias, first.stride)
+        return self.encoder[1:](x).float().permute(0, 2, 3, 1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, A) of every action, and the value (B,), of latents z."""

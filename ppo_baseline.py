@@ -191,11 +191,11 @@ class Agent(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
         self.fc = layer_init(nn.Linear(7 * 7 * 64, 512))
         self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
@@ -204,8 +204,9 @@ class Agent(nn.Module):
     def encode(self, obs: Tensor) -> Tensor:
         """z = φ(s), (B, 7, 7, 64), of frames (B, 84, 84, 4) uint8, channels last."""
         dtype = torch.bfloat16 if torch.is_autocast_enabled(obs.device.type) else torch.float32
-        frames = obs.to(dtype).div_(255).permute(0, 3, 1, 2)
-        return self.encoder(frames).float().permute(0, 2, 3, 1)
+        first = self.encoder[0]  # dividing its weights by 255 is dividing the frames, of which there is far more
+        x = F.conv2d(obs.to(dtype).permute(0, 3, 1, 2), first.weight / 255, first.bias, first.stride)
+        return self.encoder[1:](x).float().permute(0, 2, 3, 1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, A) of every action, and the value (B,), of latents z."""

@@ -30,7 +30,7 @@ class PlainTransitionModel(deep_spi_ppo_atari.TransitionModel):
         outputs = F.conv2d(padded, self.components.normalized_weight(), self.components.bias, groups=16)
         rows = torch.arange(len(z), device=z.device)
         outputs = outputs.unflatten(1, (64, 5, 2, self.num_actions))[rows, :, :, :, actions]  # (B, 64, 5, 2, 7, 7)
-        loc, scale = 0.5 * outputs[:, :, :, 0], 0.5 * (F.softplus(outputs[:, :, :, 1]) + 1e-6)  # (B, 64, 5, 7, 7)
+        loc, scale = 0.5 * outputs[:, :, :, 0], 0.5 * F.softplus(outputs[:, :, :, 1])  # (B, 64, 5, 7, 7)
         flat = hidden.permute(0, 2, 3, 1).flatten(1)
         logits = F.linear(flat, self.mixture.normalized_weight(), self.mixture.bias)
         weights = logits.unflatten(1, (5, self.num_actions))[rows, :, actions].softmax(-1)  # (B, 5)
@@ -53,7 +53,7 @@ def make_plain(script):
             ).contiguous()  # a hundredth of the update's time, for what is stored otherwise
             return self.encoder(frames.float() / 255).permute(0, 2, 3, 1)
 
-    script.Agent = PlainAgent
+    script.Agent, script.keep_freed_memory = PlainAgent, lambda: None
     if hasattr(script, "TransitionModel"):
         script.TransitionModel = PlainTransitionModel
     return script
