@@ -428,7 +428,7 @@ def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ is the published choice. z' is not
     detached: φ too is to make the next latent predictable.
     """
-    return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").flatten(1).sum(-1)
+    return F.smooth_l1_loss(predicted_next_z.float(), next_z.float(), reduction="none").flatten(1).sum(-1)
 
 
 def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tensor:

@@ -22,13 +22,16 @@ Cost: 154 steps a second on 2 CPU cores in float32, so 10 M steps take 18 hours 
 import csv
 import ctypes
 import difflib
+import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +70,10 @@ class Args:
     """folder in which the run's own folder is made"""
     run_name: str | None = None
     """name of the run's folder, which must not exist yet (default: <env_id>__<script>__<seed>__<time>)"""
+    checkpoint_interval: int = 100
+    """iterations from one checkpoint to the next; there is one at the end, and on a signal to stop, in any case"""
+    resume: bool = False
+    """continue the run named by --run-name from its checkpoint, with the same arguments (but for total_timesteps)"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)"""
 
@@ -125,7 +132,15 @@ def check(allowed: bool, flag: str, given: object, rule: str) -> None:
 def check_args(args: Args) -> None:
     """Refuse settings that cannot work. Raises SystemExit(2) after one line on stderr."""
     given = vars(args)
-    positive = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "chunk_length", "noop_max")
+    positive = (
+        "num_envs",
+        "num_steps",
+        "num_minibatches",
+        "update_epochs",
+        "chunk_length",
+        "checkpoint_interval",
+        "noop_max",
+    )
     for name in positive:
         check(given[name] >= 1, name, given[name], "must be at least 1")
     for name in ("repeat_action_probability", "gamma", "gae_lambda"):
@@ -143,6 +158,7 @@ def check_args(args: Args) -> None:
     rule = f"must divide the rollout's {batch_size // length} chunks (num_envs x num_steps / chunk_length)"
     check(batch_size // length % args.num_minibatches == 0, "num_minibatches", args.num_minibatches, rule)
     check(args.device != "cuda" or torch.cuda.is_available(), "device", args.device, "this machine has no CUDA device")
+    check(not args.resume or args.run_name is not None, "resume", args.resume, "needs the run's name: --run-name")
     tracking = not args.track or importlib.util.find_spec("wandb") is not None
     check(tracking, "track", args.track, "needs Weights & Biases: pip install wandb")
 
@@ -164,19 +180,23 @@ def check_env(env_id: str) -> int:
     return int(actions.n)
 
 
-def env_seeds(seed: int, num_envs: int) -> list[int]:
-    """One seed per environment. EnvPool's own are seed + i, so that neighbouring seeds would share their streams."""
-    return (np.random.SeedSequence(seed).generate_state(num_envs) >> 1).tolist()  # signed 32 bits
+def env_seeds(seed: int, num_envs: int, resumes: int = 0) -> list[int]:
+    """One seed per environment. EnvPool's own are seed + i, so that neighbouring seeds would share their streams.
+
+    A run that was resumed so many times draws from another stream each time, or it would see the same starts again.
+    """
+    stream = np.random.SeedSequence(seed, spawn_key=range(resumes))
+    return (stream.generate_state(num_envs) >> 1).tolist()  # signed 32 bits
 
 
-def make_envs(args: Args):
+def make_envs(args: Args, resumes: int = 0):
     """N parallel games. EnvPool and torch take turns, so each gets as many threads as torch may use."""
     return envpool.make(
         args.env_id,
         env_type="gymnasium",
         num_envs=args.num_envs,
         num_threads=min(args.num_envs, torch.get_num_threads()),
-        env_seed=env_seeds(args.seed, args.num_envs),
+        env_seed=env_seeds(args.seed, args.num_envs, resumes),
         episodic_life=True,
         repeat_action_probability=args.repeat_action_probability,
         noop_max=args.noop_max,
@@ -245,7 +265,7 @@ class TransitionModel(nn.Module):
         kernels, biases = (taken @ kernels).view(-1, 64, 64 * 2 * 2), (taken @ biases)[:, :, None]
         patches = (z.flatten(1, 2).mT @ self.to_patches).view(-1, 64 * 2 * 2, 49)  # (B, 256, 49)
         predicted = F.relu(torch.baddbmm(biases, kernels, patches))  # (B, 64, 49)
-        return predicted.mT.reshape(z.shape).float()
+        return predicted.mT.reshape(z.shape)
 
 
 class Agent(nn.Module):
@@ -272,7 +292,7 @@ class Agent(nn.Module):
         dtype = torch.bfloat16 if torch.is_autocast_enabled(obs.device.type) else torch.float32
         first = self.encoder[0]  # dividing its weights by 255 is dividing the frames, of which there is far more
         x = F.conv2d(obs.to(dtype).permute(0, 3, 1, 2), first.weight / 255, first.bias, first.stride)
-        return self.encoder[1:](x).float().permute(0, 2, 3, 1)
+        return self.encoder[1:](x).permute(0, 2, 3, 1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, A) of every action, and the value (B,), of latents z."""
@@ -342,12 +362,12 @@ def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
 
     z' is not detached: φ too is to make the next latent predictable.
     """
-    return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").flatten(1).mean(-1)
+    return F.smooth_l1_loss(predicted_next_z.float(), next_z.float(), reduction="none").flatten(1).mean(-1)
 
 
 def gradient_penalty(agent: Agent, batch: Minibatch, z: Tensor) -> Tensor:
     """G = E‖∂ΣP̄(z,a)/∂z‖² + E‖∂R̄(z,a)/∂z‖²: how steep the world model is, without a target; z is detached from φ."""
-    z = z.detach().requires_grad_()
+    z = z.detach().float().requires_grad_()
     penalty = torch.zeros((), device=z.device)
     predicted_next_z = agent.transition_model(z, batch.actions)
     predicted_rewards = agent.reward_model(z, batch.actions)
@@ -438,16 +458,75 @@ def keep_freed_memory() -> None:
 
 
 def make_run_dir(args: Args) -> Path:
-    """The run's new folder. Raises SystemExit(2) if it exists or cannot be made."""
+    """The run's folder, new or to be resumed. Raises SystemExit(2) if it cannot be made."""
     run_name = args.run_name or f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.runs_dir) / run_name
     try:
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=args.resume)
     except FileExistsError:
-        check(False, "run_name", run_name, f"{run_dir} exists already; a run needs a new folder")
+        check(False, "run_name", run_name, f"{run_dir} exists already; a run needs a new folder, or --resume")
     except OSError as error:
         check(False, "runs_dir", args.runs_dir, f"cannot make {run_dir}: {error.strerror}")
     return run_dir
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that at any instant, power cuts included, the old or the new one is there. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+def save_checkpoint(run_dir: Path, state: dict) -> None:
+    """Write checkpoint.pt: the SHA-256 digest of what torch.save makes of the state, and then that. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    write_whole(run_dir / "checkpoint.pt", hashlib.sha256(content).digest() + content)
+
+
+def load_checkpoint(run_dir: Path, args: Args) -> dict:
+    """The state that `save_checkpoint` wrote. Raises SystemExit(2) if there is none that these arguments can resume."""
+    path = run_dir / "checkpoint.pt"
+    check(path.is_file(), "resume", str(run_dir), "has no checkpoint.pt to resume from; leave --resume out to start")
+    content = path.read_bytes()
+    whole = hashlib.sha256(content[32:]).digest() == content[:32]  # torch.load itself would miss most flipped bits
+    check(whole, "resume", str(path), "is damaged, or not a checkpoint: its digest is not that of its content")
+    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    script, arguments = state["run"]["script"], state["run"]["args"]
+    check(script == Path(__file__).name, "resume", str(path), f"is a checkpoint of {script}")
+    may_change = ("total_timesteps", "checkpoint_interval", "resume", "track", "runs_dir", "run_name")
+    changed = [
+        f"--{name.replace('_', '-')} is {value!r} and was {arguments.get(name)!r}"
+        for name, value in vars(args).items()
+        if name not in may_change and value != arguments.get(name)
+    ]
+    check(not changed, "resume", str(run_dir), f"these arguments may not change: {'; '.join(changed)}")
+    rule = f"the run has made {state['global_step']} steps already; more of them go on from there"
+    more = args.total_timesteps >= state["global_step"] + args.num_envs * args.num_steps
+    check(more, "total_timesteps", args.total_timesteps, rule)
+    return state
+
+
+def catch_signals() -> list[int]:
+    """Signals to stop (Ctrl-C, and what SLURM sends) in a list that grows as they come; a second one ends at once."""
+    received = []
+
+    def handler(number: int, _) -> None:
+        """Note the signal, and leave the next one of its kind to the system."""
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, handler)
+    return received
 
 
 def describe_run(args: Args, device: torch.device, precision: str) -> dict:
@@ -458,6 +537,7 @@ def describe_run(args: Args, device: torch.device, precision: str) -> dict:
     packages = ("torch", "envpool", "gymnasium", "numpy")
     return {
         "script": Path(__file__).name,
+        "script_path": str(Path(__file__).resolve()),
         "args": vars(args),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": precision,
@@ -466,6 +546,7 @@ def describe_run(args: Args, device: torch.device, precision: str) -> dict:
         "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {platform.platform()}",
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
+        "resumes": [],  # where the run was continued, each time with fresh environments
     }
 
 
@@ -483,6 +564,8 @@ def train(args: Args) -> None:
     check_args(args)
     num_actions = check_env(args.env_id)
     run_dir = make_run_dir(args)
+    checkpoint = load_checkpoint(run_dir, args) if args.resume else None
+    signals = catch_signals()
 
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.precision, device)
@@ -490,15 +573,24 @@ def train(args: Args) -> None:
     keep_freed_memory()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     run = describe_run(args, device, precision)
-    (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
+    if checkpoint:
+        leg = {"global_step": checkpoint["global_step"], "git_commit": run["git_commit"], "machine": run["machine"]}
+        run = checkpoint["run"] | {"args": vars(args), "resumes": [*checkpoint["run"]["resumes"], leg]}
+        print(f"{run_dir}: resumed after step {leg['global_step']}, with fresh environments; open episodes are dropped")
+    write_whole(run_dir / "config.json", (json.dumps(run, indent=2) + "\n").encode())
     if args.track:
         import wandb  # optional, and nobody else should have to wait for it
 
-        wandb.init(name=run_dir.name, dir=run_dir, config=run, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir)
-    episodes_file = open(run_dir / "episodes.csv", "w", buffering=1, newline="")  # each line is flushed
+        resume = "allow" if args.resume else None
+        wandb.init(name=run_dir.name, id=run_dir.name, resume=resume, dir=run_dir, config=run, sync_tensorboard=True)
+    # What was logged after the checkpoint is dropped: it is made again.
+    writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
+    episodes_file = open(run_dir / "episodes.csv", "a", buffering=1, newline="")  # each line is flushed
     episodes = csv.writer(episodes_file, lineterminator="\n")
-    episodes.writerow(("global_step", "return", "length"))
+    if checkpoint:
+        episodes_file.truncate(checkpoint["episodes_bytes"])
+    else:
+        episodes.writerow(("global_step", "return", "length"))
 
     T, N, A, L = args.num_steps, args.num_envs, num_actions, args.chunk_length
     num_iterations = args.total_timesteps // (T * N)
@@ -519,23 +611,33 @@ def train(args: Args) -> None:
     terminated = torch.zeros((T, N), dtype=torch.bool, device=device)
     dones = torch.zeros((T + 1, N), dtype=torch.bool, device=device)  # obs[t] is the last of an episode
 
-    envs = make_envs(args)
+    envs = make_envs(args, len(run["resumes"]))
     episodic_return, episodic_length = np.zeros(N), np.zeros(N, dtype=np.int64)
     recent_returns = deque(maxlen=100)
     obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device).permute(0, 2, 3, 1)
     done = np.zeros(N, dtype=bool)
-    global_step, start_weights = 0, agent.state_dict()
-    start_time = time.time()
-    progress = tqdm(total=num_iterations * T * N, unit=" steps", desc=run_dir.name, mininterval=1.0)
+    first_iteration, global_step, start_weights, start_time = 0, 0, agent.state_dict(), time.time()
+    stateful = {"agent": agent, "optimizer": optimizer}
+    generators = [torch.default_generator, *torch.cuda.default_generators]
+    if checkpoint:
+        for name, module in stateful.items():
+            module.load_state_dict(checkpoint[name])
+        for generator, generator_state in zip(generators, checkpoint["generators"], strict=True):
+            generator.set_state(generator_state)
+        recent_returns.extend(checkpoint["recent_returns"])
+        first_iteration, global_step = checkpoint["iterations"], checkpoint["global_step"]
+        start_time -= checkpoint["seconds"]
+    total = num_iterations * T * N
+    progress = tqdm(total=total, initial=global_step, unit=" steps", desc=run_dir.name, mininterval=1.0)
 
-    for iteration in range(num_iterations):
+    for iteration in range(first_iteration, num_iterations):
         # ==== 7. Rollout ==============================================================================================
         optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
         obs[0], dones[0] = obs[T], dones[T]
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
-                if not log_probs[t].isfinite().all():  # after an update's last step, which no loss has checked
+                if not log_probs[t].isfinite().all():  # finite parameters can still be too large
                     stop_run(writer, run_dir, start_weights, global_step, ["log_probs"])
                 host_actions[t] = torch.multinomial(log_probs[t].exp(), num_samples=1).squeeze(-1)
 
@@ -591,6 +693,10 @@ def train(args: Args) -> None:
             first = not_finite[not_finite.any(-1)][0]
             terms = [name for name, bad in zip(stats, first, strict=True) if bad]
             stop_run(writer, run_dir, start_weights, global_step, terms)
+        finite = torch.stack([parameter.isfinite().all() for parameter in agent.parameters()]).cpu()
+        if not finite.all():  # after the last step, which no loss has seen
+            terms = [name for (name, _), fine in zip(agent.named_parameters(), finite, strict=True) if not fine]
+            stop_run(writer, run_dir, start_weights, global_step, terms)
         metrics = dict(zip(stats, table.mean(0).tolist(), strict=True))
         last_epoch = dict(zip(stats, table[-args.num_minibatches :].unbind(-1), strict=True))
         metrics["spi/ratio_min"] = last_epoch["spi/ratio_min"].min().item()
@@ -605,9 +711,32 @@ def train(args: Args) -> None:
         progress.set_postfix_str(f"return {mean_return}, SPS {metrics['charts/SPS']:.0f}", refresh=False)
         progress.update(T * N)
 
+        if signals or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
+            writer.flush()
+            os.fsync(episodes_file.fileno())
+            state = {name: module.state_dict() for name, module in stateful.items()}
+            state |= {
+                "run": run,
+                "iterations": iteration + 1,
+                "global_step": global_step,
+                "seconds": time.time() - start_time,
+                "generators": [generator.get_state() for generator in generators],
+                "recent_returns": [float(value) for value in recent_returns],
+                "episodes_bytes": (run_dir / "episodes.csv").stat().st_size,
+            }
+            save_checkpoint(run_dir, state)
+        if signals and iteration + 1 < num_iterations:
+            break
+
     progress.close()
-    torch.save(agent.state_dict(), run_dir / "agent.pt")
     episodes_file.close()
+    if iteration + 1 < num_iterations:
+        writer.close()
+        missing = [] if args.resume else ["--run-name", run_dir.name, "--resume"] if not args.run_name else ["--resume"]
+        print(f"stopped by {signal.Signals(signals[0]).name} after step {global_step}; to go on:", file=sys.stderr)
+        print(shlex.join(["python", *sys.argv, *missing]), file=sys.stderr)
+        raise SystemExit(75)
+    torch.save(agent.state_dict(), run_dir / "agent.pt")
     writer.close()
     sps, minutes = metrics["charts/SPS"], (time.time() - start_time) / 60
     print(f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}")
@@ -616,4 +745,7 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    try:
+        train(tyro.cli(Args, description=__doc__))
+    except OSError as error:  # a full disk, say: what was written before stays, and the last checkpoint is whole
+        sys.exit(f"\nerror: {error}")

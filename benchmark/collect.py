@@ -15,7 +15,8 @@ from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CURVE_PARTS, METRIC_PARTS = 50, 10
-NAMES_OF_A_RUN = ("env_id", "seed", "runs_dir", "run_name", "track")  # arguments with a column of their own, or none
+# Arguments with a column of their own, or that change nothing of what is learned but its rounding.
+NAMES_OF_A_RUN = ("env_id", "seed", "runs_dir", "run_name", "track", "checkpoint_interval", "resume", "compile")
 CIRCUMSTANCES = ("device", "precision", "torch_threads", "machine", "git_commit")  # of config.json, beside `versions`
 
 

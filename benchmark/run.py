@@ -1,7 +1,7 @@
 """Make every run of a suite: python -m benchmark.run --suite smoke --executor local --workers 2
 
 A run's folder is RESULTS/SUITE/ALGORITHM/TASK/SEED, and `done.json` in it is written last: a folder without it is
-broken, whatever killed the run. Finished runs are skipped, so that the same command continues a suite. Beside the
+broken, whatever killed the run, and is resumed from its checkpoint if there is one. Finished runs are skipped, so that the same command continues a suite. Beside the
 folder, SEED.log has what the script printed; whoever makes the run holds a lock on that file, so that no run is made
 twice at a time. submitit starts the processes, on this machine or as one SLURM job array.
 """
@@ -37,7 +37,9 @@ from benchmark.collect import read_events
 from benchmark.suites import MEASURED_SPS, SUITES, Algorithm, Suite
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES_OF_A_RUN = ("runs_dir", "run_name", "track")  # arguments that change nothing in what is learned
+# Arguments that change nothing in what is learned.
+NAMES_OF_A_RUN = ("runs_dir", "run_name", "track", "checkpoint_interval", "resume")
+REFUSED, STOPPED = 2, 75  # exit codes of a script: for a bad argument; when told to stop, leaving a checkpoint
 OF_THE_ENVIRONMENT = ("sticky", "repeat_action_probability", "noop_max")  # arguments that change no speed
 NAMED_BY_THE_PLAN = ("env_id", "seed", "total_timesteps", "runs_dir", "run_name")
 LAST_LINES = 12  # of a failed run's log that are shown
@@ -65,7 +67,7 @@ class Run:
 class Found(NamedTuple):
     """What lies in a run's folder: `why` says it in words where it is not the finished run."""
 
-    state: Literal["finished", "missing", "broken", "other"]
+    state: Literal["finished", "missing", "resumable", "broken", "other"]
     why: str = ""
 
 
@@ -188,12 +190,11 @@ def find(run_dir: Path, run: Run, settings: dict) -> Found:
     """Whether the folder is this run, finished, made by the same script with the same settings."""
     if not run_dir.exists():
         return Found("missing")
-    for name in ("config.json", "done.json"):
-        if not (run_dir / name).exists():
-            return Found("broken", f"it has no {name}")
+    if not (run_dir / "config.json").exists():
+        return Found("broken", "it has no config.json")
     try:
         config = json.loads((run_dir / "config.json").read_text())
-        done = json.loads((run_dir / "done.json").read_text())
+        done = json.loads((run_dir / "done.json").read_text()) if (run_dir / "done.json").exists() else None
     except json.JSONDecodeError as error:
         return Found("broken", f"config.json or done.json is not JSON: {error}")
     made_with = {"script": config["script"]} | config["args"]
@@ -203,8 +204,11 @@ def find(run_dir: Path, run: Run, settings: dict) -> Found:
         for name in planned | made_with
         if name not in NAMES_OF_A_RUN and planned.get(name) != made_with.get(name)
     ]
-    if changed:
+    if changed and done:
         return Found("other", "; ".join(changed))
+    has_checkpoint = (run_dir / "checkpoint.pt").exists() and not changed
+    if done is None:
+        return Found("resumable" if has_checkpoint else "broken", "it has no done.json")
     if done.get("steps") != steps_of(settings):
         return Found("broken", f"it is short: {done.get('steps')} of {steps_of(settings)} steps")
     return Found("finished")
@@ -260,16 +264,28 @@ def make_run(run: Run, run_dir: Path, settings: dict, environment: dict[str, str
             return
         if found.state == "other":
             raise RuntimeError(f"{run_dir} is a finished run with other settings: {found.why}")
-        if found.state == "broken":
-            run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{time.time_ns() // 10**6}"))
         own = {"env_id": run.env_id, "seed": run.seed, "total_timesteps": run.total_timesteps}
         own |= {"runs_dir": run_dir.parent, "run_name": run_dir.name}
         command = [sys.executable, str(ROOT / run.script), *flag_words(run.flags | own)]
-        print(f"{time.ctime()}: {' '.join(command)}", file=log)
         variables = {name: value for name, value in (os.environ | environment).items() if value is not None}
-        code = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables, preexec_fn=die_with_worker
-        ).returncode
+
+        def start(*more: str) -> int:
+            """The exit code of the script, run to its end."""
+            print(f"{time.ctime()}: {' '.join([*command, *more])}", file=log)
+            return subprocess.run(
+                [*command, *more],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables, preexec_fn=die_with_worker,
+            ).returncode  # fmt: skip
+
+        code = REFUSED
+        if found.state == "resumable":
+            code = start("--resume")
+        if code == REFUSED:  # there is no checkpoint, or it is damaged
+            if run_dir.exists():
+                run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{time.time_ns() // 10**6}"))
+            code = start()
+        while code == STOPPED:  # by a signal to the script alone: its worker, this process, is to go on
+            code = start("--resume")
         if code:
             lines = log_path(run_dir).read_text(errors="replace").splitlines()[-LAST_LINES:]
             raise RuntimeError("\n".join([f"the script ended with code {code}, and last wrote:", *lines]))
@@ -442,6 +458,8 @@ def main(words: list[str] | None = None) -> int:
             todo.append(Work(run, run_dir, settings[run.name], environment))
             if is_being_made(run_dir):
                 print(f"{run.name} is being made by another launcher's worker; will wait for it")
+            elif found.state == "resumable":
+                print(f"{run.name} was interrupted, will be resumed from its checkpoint")
             elif found.state == "broken":
                 print(f"{run.name} is broken, will be moved aside and run again: {found.why}")
     more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
@@ -486,7 +504,7 @@ def slurm_parameters(args: argparse.Namespace) -> dict:
         "cpus_per_task": args.cpus_per_task,
         "srun_args": [f"--cpus-per-task={args.cpus_per_task}"],  # which srun no longer takes from sbatch since 22.05
         "array_parallelism": args.array_parallelism,
-        "additional_parameters": {"requeue": True},  # after a node failure or preemption the task starts over
+        "additional_parameters": {"requeue": True},  # after a node failure or preemption the task is run again
     }
     optional = {"partition": args.partition, "gpus_per_node": args.gpus_per_task or None}  # one task on one node
     return parameters | {name: value for name, value in optional.items() if value is not None}

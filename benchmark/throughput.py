@@ -80,7 +80,7 @@ def cases() -> dict[str, Case]:
 class FrozenEnvs:
     """Stands in for N games that cost nothing: the same random frames at each step, no reward, no end."""
 
-    def __init__(self, args):
+    def __init__(self, args, _resumes=0):
         self.obs = np.random.default_rng(0).integers(0, 256, (args.num_envs, 4, 84, 84), dtype=np.uint8)
         self.zeros = np.zeros(args.num_envs, dtype=bool)
         self.info = {"reward": self.zeros.astype(np.float32), "terminated": self.zeros.astype(np.int32)}

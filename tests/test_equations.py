@@ -374,12 +374,13 @@ def test_cost_hardly_grows_with_the_number_of_actions():
     assert operations(PlainTransitionModel, 18) > 3 * operations(PlainTransitionModel, 4)
 
 
-def test_sample_and_losses_are_float32_under_autocast(atari):
+def test_latents_are_bf16_and_losses_float32_under_autocast(atari):
     agent, batch, obs, next_obs, noise = atari
     with torch.autocast("cpu", torch.bfloat16):
         z = agent.encode(obs)
-        assert z.dtype == agent.transition_model(z, batch.actions, noise).dtype == torch.float32
+        assert z.dtype == agent.transition_model(z, batch.actions, noise).dtype == torch.bfloat16
         assert agent.reward_model(z, batch.actions).dtype == torch.float32
+        assert all(output.dtype == torch.float32 for output in agent.policy_and_value(z))
         loss, stats = deep_spi_loss(agent, batch, obs, next_obs, noise)
     assert loss.dtype == torch.float32 and all(value.dtype == torch.float32 for value in stats.values())
 

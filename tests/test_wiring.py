@@ -43,8 +43,8 @@ def record(script, monkeypatch, tmp_path, args):
     made, losses, gaes = [], [], []
     make_envs, compute_loss, compute_gae = script.make_envs, script.compute_loss, script.compute_gae
 
-    def recorded_envs(args):
-        made.append(Recorder(make_envs(args)))
+    def recorded_envs(*args):
+        made.append(Recorder(make_envs(*args)))
         return made[0]
 
     def recorded_loss(*inputs):

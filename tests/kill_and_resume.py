@@ -1,0 +1,113 @@
+"""Kill -9 a training script at random instants and resume it: python -m tests.kill_and_resume [--kills 100]
+
+The kills are spread over the three scripts, small settings, checkpoints often; each instant is drawn from the length of
+a run, from the start of Python on. A run that is killed before its first checkpoint starts over, in a folder of its
+own. When a run ends, everything that it left is checked, and the next one begins.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmark.collect import read_events
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "deep_spi_ppo": "--num-envs 8 --num-steps 64 --total-timesteps 25600 --update-epochs 2",
+    "deep_spi_ppo_atari": "--num-envs 4 --num-steps 8 --total-timesteps 640 --update-epochs 1 --env-id Boxing-v5",
+    "ppo_baseline": "--num-envs 4 --num-steps 8 --total-timesteps 1920 --update-epochs 1 --env-id Boxing-v5",
+}
+SECONDS = {"deep_spi_ppo": 14.0, "deep_spi_ppo_atari": 14.0, "ppo_baseline": 14.0}  # a run and its start, about
+
+
+def check_run(run_dir: Path) -> None:
+    """Raises AssertionError unless the finished run is one unbroken whole."""
+    config = json.loads((run_dir / "config.json").read_text())
+    args = config["args"]
+    rollout = args["num_envs"] * args["num_steps"]
+    expected = np.arange(rollout, args["total_timesteps"] + 1, rollout)
+    events = read_events(run_dir)
+    for tag in events:  # every iteration logged once, none missing
+        np.testing.assert_array_equal(events[tag][0], expected, err_msg=tag)
+        assert np.isfinite(events[tag][1]).all(), tag
+    with open(run_dir / "episodes.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["global_step", "return", "length"]
+    steps = np.array([int(row[0]) for row in rows])
+    assert (np.diff(steps) >= 0).all() and (steps % args["num_envs"] == 0).all()
+    assert len(steps) == 0 or (steps[0] > 0 and steps[-1] <= expected[-1])
+    # No environment makes more steps in its episodes than it was stepped.
+    assert sum(int(row[2]) for row in rows) <= expected[-1]
+    at_once = np.unique(steps, return_counts=True)[1]
+    assert len(at_once) == 0 or at_once.max() <= args["num_envs"]
+    state = torch.load(run_dir / "agent.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    resumes = [resume["global_step"] for resume in config["resumes"]]
+    assert resumes == sorted(resumes) and set(resumes) <= set(expected.tolist())
+    assert not list(run_dir.glob("*.tmp"))
+
+
+def kill_and_resume(script: str, kills: int, folder: Path, seed: int) -> int:
+    """Kill the script so many times, resuming after each; the number of kills. Raises AssertionError on any loss."""
+    rng, killed, number = random.Random(seed), 0, 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    while killed < kills:
+        number += 1
+        run_dir = folder / f"{script}-{number}"
+        command = [sys.executable, str(ROOT / f"{script}.py"), *SMALL[script].split(), "--checkpoint-interval", "3"]
+        command += ["--device", "cpu", "--seed", str(number), "--runs-dir", str(folder), "--run-name", run_dir.name]
+        for attempt in range(1_000):
+            resume = (run_dir / "checkpoint.pt").exists()
+            if run_dir.exists() and not resume:  # killed before its first checkpoint: there is nothing to resume
+                run_dir.rename(folder / f"{run_dir.name}.lost-{attempt}")
+            process = subprocess.Popen(
+                [*command, *(["--resume"] if resume else [])],
+                env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            if killed < kills:
+                wait_until = time.monotonic() + rng.uniform(0, SECONDS[script])
+                while process.poll() is None and time.monotonic() < wait_until:
+                    time.sleep(0.01)
+                if process.poll() is None:
+                    process.send_signal(signal.SIGKILL)
+                    process.communicate()
+                    killed += 1
+                    continue
+            _, error = process.communicate()
+            complete = "steps already" in error  # killed between its last checkpoint and its end
+            assert process.returncode == 0 or complete, error
+            if complete:
+                run_dir.rename(folder / f"{run_dir.name}.complete")
+            else:
+                check_run(run_dir)
+            break
+    return killed
+
+
+def main() -> None:
+    """Spread the kills over the scripts, and say how it went."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kill_and_resume", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    shares = [arguments.kills // 3 + (i < arguments.kills % 3) for i in range(3)]
+    with tempfile.TemporaryDirectory() as folder:
+        for script, kills in zip(SMALL, shares, strict=True):
+            killed = kill_and_resume(script, kills, Path(folder), arguments.seed)
+            finished = len(list(Path(folder).glob(f"{script}-*/agent.pt")))
+            print(f"{script}.py: {killed} kills, {finished} runs finished, each one unbroken whole", flush=True)
+
+
+if __name__ == "__main__":
+    main()
