@@ -35,9 +35,9 @@ theory: .venv/.train  ## README's pictures of the theory
 confounding: .venv/.train  ## the study of confounding updates (hours); finished runs are skipped
 	.venv/bin/python -m benchmark.confounding
 
-throughput: .venv/.benchmark  ## how fast the Atari scripts are; leave the machine alone meanwhile (an hour and more)
+throughput: .venv/.benchmark  ## how fast the Atari scripts are; leave the machine alone meanwhile (half an hour and more)
 	.venv/bin/python -m benchmark.throughput
-	.venv/bin/python -m benchmark.throughput_figures
+	.venv/bin/python -m benchmark.figures
 
 benchmark-smoke: .venv/.benchmark  ## a small suite, from runs to report
 	.venv/bin/python -m benchmark.run --suite smoke --workers 2

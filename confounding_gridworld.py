@@ -260,7 +260,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 def group_sort(x: Tensor) -> Tensor:
     """GroupSort(2): sort neighbouring pairs along dimension 1, ascending. Gradient norm 1 where ReLU's may be 0."""
     first, second = x.unflatten(1, (-1, 2)).unbind(2)
-    swap = F.relu(first - second)  # as min and max, but their gradients take several times as long
+    swap = F.relu(first - second)  # min and max, but for rounding; their own gradients take several times as long
     return torch.stack((first - swap, second + swap), dim=2).flatten(1, 2)
 
 

@@ -31,9 +31,11 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -73,7 +75,7 @@ class Args:
     checkpoint_interval: int = 100
     """iterations from one checkpoint to the next; there is one at the end, and on a signal to stop, in any case"""
     resume: bool = False
-    """continue the run named by --run-name from its checkpoint, with the same arguments (but for total_timesteps)"""
+    """continue the run named by --run-name from its checkpoint; of its settings, only total_timesteps may change"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)"""
 
@@ -160,6 +162,8 @@ def check_args(args: Args) -> None:
     rule = f"must divide the rollout's {batch_size // length} chunks (num_envs x num_steps / chunk_length)"
     check(batch_size // length % args.num_minibatches == 0, "num_minibatches", args.num_minibatches, rule)
     check(args.device != "cuda" or torch.cuda.is_available(), "device", args.device, "this machine has no CUDA device")
+    compiler = (args.device != "cpu" and torch.cuda.is_available()) or shutil.which("g++") or shutil.which("clang++")
+    check(not args.compile or bool(compiler), "compile", args.compile, "takes a C++ compiler on a CPU, g++ or clang++")
     check(not args.resume or args.run_name is not None, "resume", args.resume, "needs the run's name: --run-name")
     tracking = not args.track or importlib.util.find_spec("wandb") is not None
     check(tracking, "track", args.track, "needs Weights & Biases: pip install wandb")
@@ -171,8 +175,9 @@ def check_args(args: Args) -> None:
 def check_env(env_id: str) -> int:
     """Number of actions A of an Atari game, without building it. Raises SystemExit(2) if the script is not for it."""
     known = envpool.list_all_envs()
-    closest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0.4)) or "none; see envpool.list_all_envs()"
-    check(env_id in known, "env_id", env_id, f"no such environment; closest: {closest}")
+    if env_id not in known:
+        closest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0.4)) or "none; see envpool.list_all_envs()"
+        check(False, "env_id", env_id, f"no such environment; closest: {closest}")
     warnings.filterwarnings("ignore", ".*precision lowered by casting")  # EnvPool's own spaces set it off
     spec = envpool.make_spec(env_id)
     actions, observations = spec.action_space, spec.observation_space
@@ -219,7 +224,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 def group_sort(x: Tensor) -> Tensor:
     """GroupSort(2): sort neighbouring pairs along dimension 1, ascending. Gradient norm 1 where ReLU's may be 0."""
     first, second = x.unflatten(1, (-1, 2)).unbind(2)
-    swap = F.relu(first - second)  # as min and max, but their gradients take several times as long
+    swap = F.relu(first - second)  # min and max, but for rounding; their own gradients take several times as long
     return torch.stack((first - swap, second + swap), dim=2).flatten(1, 2)
 
 
@@ -543,11 +548,13 @@ def keep_freed_memory() -> None:
 
 
 def make_run_dir(args: Args) -> Path:
-    """The run's folder, new or to be resumed. Raises SystemExit(2) if it cannot be made."""
+    """The run's folder, new unless the run is to be resumed. Raises SystemExit(2) if it cannot be made."""
     run_name = args.run_name or f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.runs_dir) / run_name
+    if args.resume:
+        return run_dir
     try:
-        run_dir.mkdir(parents=True, exist_ok=args.resume)
+        run_dir.mkdir(parents=True)
     except FileExistsError:
         check(False, "run_name", run_name, f"{run_dir} exists already; a run needs a new folder, or --resume")
     except OSError as error:
@@ -569,39 +576,36 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def save_checkpoint(run_dir: Path, state: dict) -> None:
-    """Write checkpoint.pt: the SHA-256 digest of what torch.save makes of the state, and then that. Raises OSError."""
+def as_bytes(state: dict) -> bytes:
+    """What torch.save makes of the state."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getvalue()
-    write_whole(run_dir / "checkpoint.pt", hashlib.sha256(content).digest() + content)
+    return buffer.getvalue()
 
 
-def load_checkpoint(run_dir: Path, args: Args) -> dict:
-    """The state that `save_checkpoint` wrote. Raises SystemExit(2) if there is none that these arguments can resume."""
+def load_checkpoint(run_dir: Path, run: dict) -> dict:
+    """The state in checkpoint.pt. Raises SystemExit(2) if there is none that the described run can go on from."""
     path = run_dir / "checkpoint.pt"
-    check(path.is_file(), "resume", str(run_dir), "has no checkpoint.pt to resume from; leave --resume out to start")
+    check(path.is_file(), "resume", str(run_dir), "has no checkpoint.pt to resume from")
     content = path.read_bytes()
     whole = hashlib.sha256(content[32:]).digest() == content[:32]  # torch.load itself would miss most flipped bits
     check(whole, "resume", str(path), "is damaged, or not a checkpoint: its digest is not that of its content")
     state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-    script, arguments = state["run"]["script"], state["run"]["args"]
-    check(script == Path(__file__).name, "resume", str(path), f"is a checkpoint of {script}")
+    script = state["run"]["script"]
+    check(script == run["script"], "resume", str(path), f"is a checkpoint of {script}")
     may_change = ("total_timesteps", "checkpoint_interval", "resume", "track", "runs_dir", "run_name")
-    changed = [
-        f"--{name.replace('_', '-')} is {value!r} and was {arguments.get(name)!r}"
-        for name, value in vars(args).items()
-        if name not in may_change and value != arguments.get(name)
-    ]
-    check(not changed, "resume", str(run_dir), f"these arguments may not change: {'; '.join(changed)}")
-    rule = f"the run has made {state['global_step']} steps already; more of them go on from there"
-    more = args.total_timesteps >= state["global_step"] + args.num_envs * args.num_steps
-    check(more, "total_timesteps", args.total_timesteps, rule)
+    before, now = (
+        {f"--{name.replace('_', '-')}": value for name, value in described["args"].items() if name not in may_change}
+        | {"precision": described["precision"], "device is a CPU": described["device"] == "cpu"}
+        for described in (state["run"], run)
+    )
+    changed = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]]
+    check(not changed, "resume", str(run_dir), f"may not change: {'; '.join(changed)}")
     return state
 
 
 def catch_signals() -> list[int]:
-    """Signals to stop (Ctrl-C, and what SLURM sends) in a list that grows as they come; a second one ends at once."""
+    """Signals to stop (Ctrl-C, SLURM) in a list that grows as they come; the second of a kind ends the run at once."""
     received = []
 
     def handler(number: int, _) -> None:
@@ -637,7 +641,7 @@ def describe_run(args: Args, device: torch.device, precision: str) -> dict:
 
 def stop_run(writer: SummaryWriter, run_dir: Path, weights: dict[str, Tensor], step: int, terms: list[str]) -> None:
     """End a run whose `terms` are not finite, keeping the weights from before that iteration. Raises SystemExit(1)."""
-    torch.save(weights, run_dir / "agent.pt")
+    write_whole(run_dir / "agent.pt", as_bytes(weights))
     writer.close()
     print(f"\nerror: stopped at step {step}: not finite: {', '.join(terms)}", file=sys.stderr)
     print(f"error: {run_dir / 'agent.pt'} has the weights from before this iteration", file=sys.stderr)
@@ -649,7 +653,6 @@ def train(args: Args) -> None:
     check_args(args)
     num_actions = check_env(args.env_id)
     run_dir = make_run_dir(args)
-    checkpoint = load_checkpoint(run_dir, args) if args.resume else None
     signals = catch_signals()
 
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -658,17 +661,24 @@ def train(args: Args) -> None:
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
     keep_freed_memory()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    run = describe_run(args, device, precision)
-    if checkpoint:
-        leg = {"global_step": checkpoint["global_step"], "git_commit": run["git_commit"], "machine": run["machine"]}
+    run, checkpoint = describe_run(args, device, precision), None
+    if args.resume:
+        checkpoint = load_checkpoint(run_dir, run)
+        steps = checkpoint["global_step"]
+        if args.total_timesteps < steps + args.num_envs * args.num_steps:
+            print(f"{run_dir}: complete, with {steps} steps; --total-timesteps says how many more to make")
+            return
+        circumstances = ("device", "precision", "torch_threads", "git_commit", "machine", "versions")
+        leg = {"global_step": steps} | {name: run[name] for name in circumstances}
         run = checkpoint["run"] | {"args": vars(args), "resumes": [*checkpoint["run"]["resumes"], leg]}
-        print(f"{run_dir}: resumed after step {leg['global_step']}, with fresh environments; open episodes are dropped")
-    write_whole(run_dir / "config.json", (json.dumps(run, indent=2) + "\n").encode())
+        print(f"{run_dir}: resumed after step {steps}, with fresh environments; open episodes are dropped")
     if args.track:
         import wandb  # optional, and nobody else should have to wait for it
 
-        resume = "allow" if args.resume else None
-        wandb.init(name=run_dir.name, id=run_dir.name, resume=resume, dir=run_dir, config=run, sync_tensorboard=True)
+        run["wandb_id"] = run.get("wandb_id") or wandb.util.generate_id()
+        name, wandb_id = run_dir.name, run["wandb_id"]
+        wandb.init(name=name, id=wandb_id, resume="allow", dir=run_dir, config=run, sync_tensorboard=True)
+    write_whole(run_dir / "config.json", (json.dumps(run, indent=2) + "\n").encode())
     # What was logged after the checkpoint is dropped: it is made again.
     writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
     episodes_file = open(run_dir / "episodes.csv", "a", buffering=1, newline="")  # each line is flushed
@@ -689,8 +699,9 @@ def train(args: Args) -> None:
     agent = Agent(A, args.spectral_norm, torch.Generator().manual_seed(init_seed)).to(device)
     noise_rng = torch.Generator(device).manual_seed(noise_seed)
     if args.compile:
-        for network in (agent.encoder, agent.reward_model, agent.transition_model):
-            network.compile()
+        agent.encode = torch.compile(agent.encode)
+        agent.reward_model.compile()
+        agent.transition_model.compile()
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
@@ -708,7 +719,7 @@ def train(args: Args) -> None:
     done = np.zeros(N, dtype=bool)
     first_iteration, global_step, start_weights, start_time = 0, 0, agent.state_dict(), time.time()
     stateful = {"agent": agent, "optimizer": optimizer}
-    generators = [torch.default_generator, *torch.cuda.default_generators, noise_rng]
+    generators = [torch.default_generator, *torch.cuda.default_generators[: device.type == "cuda"], noise_rng]
     if checkpoint:
         for name, module in stateful.items():
             module.load_state_dict(checkpoint[name])
@@ -782,7 +793,8 @@ def train(args: Args) -> None:
 
         # ==== 10. Logging =============================================================================================
         table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); here the update waits for the device
-        not_finite = ~table.isfinite()
+        diagnostic = torch.tensor([name.startswith("spi/") for name in stats])  # a ratio may overflow, and harm nothing
+        not_finite = ~table.isfinite() & ~diagnostic
         if not_finite.any():
             first = not_finite[not_finite.any(-1)][0]
             terms = [name for name, bad in zip(stats, first, strict=True) if bad]
@@ -805,7 +817,13 @@ def train(args: Args) -> None:
         progress.set_postfix_str(f"return {mean_return}, SPS {metrics['charts/SPS']:.0f}", refresh=False)
         progress.update(T * N)
 
-        if signals or (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
+        last, stopping = iteration + 1 == num_iterations, bool(signals)
+        if last or stopping or (iteration + 1) % args.checkpoint_interval == 0:
+            with torch.no_grad(), autocast:
+                if not agent.policy_and_value(agent.encode(obs[T]))[0].isfinite().all():
+                    stop_run(writer, run_dir, start_weights, global_step, ["log_probs"])
+            if last:  # before the checkpoint, which says that all is done
+                write_whole(run_dir / "agent.pt", as_bytes(agent.state_dict()))
             writer.flush()
             os.fsync(episodes_file.fileno())
             state = {name: module.state_dict() for name, module in stateful.items()}
@@ -818,20 +836,19 @@ def train(args: Args) -> None:
                 "recent_returns": [float(value) for value in recent_returns],
                 "episodes_bytes": (run_dir / "episodes.csv").stat().st_size,
             }
-            save_checkpoint(run_dir, state)
-        if signals and iteration + 1 < num_iterations:
+            content = as_bytes(state)
+            write_whole(run_dir / "checkpoint.pt", hashlib.sha256(content).digest() + content)
+        if stopping and not last:
             break
 
     progress.close()
     episodes_file.close()
-    if iteration + 1 < num_iterations:
-        writer.close()
+    writer.close()
+    if not last:
         missing = [] if args.resume else ["--run-name", run_dir.name, "--resume"] if not args.run_name else ["--resume"]
         print(f"stopped by {signal.Signals(signals[0]).name} after step {global_step}; to go on:", file=sys.stderr)
-        print(shlex.join(["python", *sys.argv, *missing]), file=sys.stderr)
+        print(shlex.join([sys.executable, *sys.argv, *missing]), file=sys.stderr)
         raise SystemExit(75)
-    torch.save(agent.state_dict(), run_dir / "agent.pt")
-    writer.close()
     sps, minutes = metrics["charts/SPS"], (time.time() - start_time) / 60
     print(f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}")
     print(f"{global_step:,} steps at {sps:,.0f} per second, {minutes:.1f} minutes on {run['device']} in {precision}")
@@ -839,6 +856,7 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    threading.excepthook = lambda _: None  # TensorBoard's thread: its error is raised again here, and told below
     try:
         train(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, say: what was written before stays, and the last checkpoint is whole

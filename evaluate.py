@@ -90,18 +90,23 @@ def load_weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)["agent"]
 
 
+def sizes_of(script: ModuleType, env_id: str) -> tuple[int, int | None]:
+    """Number of actions, and of a vector's inputs; None for frames."""
+    sizes = script.check_env(env_id)
+    return sizes if isinstance(sizes, tuple) else (sizes, None)
+
+
 def make_agent(script: ModuleType, args: object) -> torch.nn.Module:
     """The script's agent, by the names of its constructor's parameters."""
-    sizes = script.check_env(args.env_id)
-    num_actions, num_inputs = sizes if isinstance(sizes, tuple) else (sizes, None)
+    num_actions, num_inputs = sizes_of(script, args.env_id)
     known = {"num_actions": num_actions, "num_inputs": num_inputs, "generator": torch.Generator()} | vars(args)
     return script.Agent(**{name: known[name] for name in inspect.signature(script.Agent).parameters})
 
 
-def observations(script: ModuleType, obs: np.ndarray, args: object) -> torch.Tensor:
+def observations(script: ModuleType, obs: np.ndarray, num_inputs: int | None) -> torch.Tensor:
     """Observations as the script's encoder takes them: vectors, or frames with channels last."""
-    if hasattr(script, "vectorize"):
-        return torch.from_numpy(script.vectorize(obs, script.check_env(args.env_id)[1]))
+    if num_inputs is not None:
+        return torch.from_numpy(script.vectorize(obs, num_inputs))
     return torch.from_numpy(obs).permute(0, 2, 3, 1)
 
 
@@ -112,7 +117,7 @@ def play(
 
     Each environment plays one, whatever its length: the first to end would be the short ones.
     """
-    N = args.num_envs
+    N, (_, num_inputs) = args.num_envs, sizes_of(script, args.env_id)
     rng = torch.Generator().manual_seed(args.seed)
     envs = script.make_envs(args)
     obs, _ = envs.reset()
@@ -122,7 +127,7 @@ def play(
     dummy, done = np.ones(N, dtype=bool), np.zeros(N, dtype=bool)  # the first step is as if after a dummy
     for _ in range(2 * max_length):  # rows of auto-reset after a lost life are no steps
         with torch.no_grad():
-            log_probs, _ = agent.policy_and_value(agent.encode(observations(script, obs, args)))
+            log_probs, _ = agent.policy_and_value(agent.encode(observations(script, obs, num_inputs)))
         sampled = torch.multinomial(log_probs.exp(), num_samples=1, generator=rng).squeeze(-1)
         actions = (log_probs.argmax(-1) if greedy else sampled).numpy()
         repeat = (torch.rand(N, generator=rng).numpy() < getattr(args, "sticky", 0)) & ~dummy
@@ -148,6 +153,7 @@ def main(own: Args) -> None:
     beside = Path(__file__).parent / config["script"]  # for a run that was made on another machine
     path = own.script or next(filter(Path.is_file, (Path(config.get("script_path", "")), beside)), beside)
     script = load_script(path)
+    check(hasattr(script, "Agent"), "--script", path, "has no Agent: it is not a training script of this kind")
     names = {field.name for field in dataclasses.fields(script.Args)}
     args = script.Args(**{name: value for name, value in config["args"].items() if name in names})
     args.seed, args.num_envs = own.seed, own.episodes

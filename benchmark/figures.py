@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmark import control
+from benchmark import control, throughput_figures
 from benchmark.collect import markdown, mean_interval, read_table
 from benchmark.control import THRESHOLDS
 
@@ -95,7 +95,12 @@ def control_figure() -> None:
     figure.savefig(RESULTS / "control.png", dpi=150, metadata={"Software": None})
 
 
-TABLES = {"control": control_table, "atari_200k": atari_table}
+TABLES = {
+    "control": control_table,
+    "atari_200k": atari_table,
+    "speed_ratios": lambda: throughput_figures.ratio_table(RESULTS),
+    "speed": lambda: throughput_figures.speed_table(RESULTS),
+}
 
 
 def with_tables(readme: str) -> str:
@@ -112,4 +117,5 @@ if __name__ == "__main__":
     readme_path = ROOT / "README.md"
     readme_path.write_text(with_tables(readme_path.read_text()))
     control_figure()
-    print("README.md and benchmark/results/control.png are up to date with benchmark/results/*.csv")
+    throughput_figures.throughput_figure(RESULTS)
+    print("README.md, control.png and throughput.png in benchmark/results are up to date with the CSV files there")

@@ -1,9 +1,10 @@
 """Make every run of a suite: python -m benchmark.run --suite smoke --executor local --workers 2
 
 A run's folder is RESULTS/SUITE/ALGORITHM/TASK/SEED, and `done.json` in it is written last: a folder without it is
-broken, whatever killed the run, and is resumed from its checkpoint if there is one. Finished runs are skipped, so that the same command continues a suite. Beside the
-folder, SEED.log has what the script printed; whoever makes the run holds a lock on that file, so that no run is made
-twice at a time. submitit starts the processes, on this machine or as one SLURM job array.
+broken, whatever killed the run, and is resumed from its checkpoint if there is one. Finished runs are skipped, so that
+the same command continues a suite. Beside the folder, SEED.log has what the script printed; whoever makes the run holds
+a lock on that file, so that no run is made twice at a time. submitit starts the processes, on this machine or as one
+SLURM job array.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import ctypes
 import difflib
 import fcntl
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -39,7 +41,8 @@ from benchmark.suites import MEASURED_SPS, SUITES, Algorithm, Suite
 ROOT = Path(__file__).resolve().parent.parent
 # Arguments that change nothing in what is learned.
 NAMES_OF_A_RUN = ("runs_dir", "run_name", "track", "checkpoint_interval", "resume")
-REFUSED, STOPPED = 2, 75  # exit codes of a script: for a bad argument; when told to stop, leaving a checkpoint
+STOPPED = 75  # exit code of a script that was told to stop, and left a checkpoint
+SECONDS_TO_STOP = 60  # that a script has for this when its worker is told to stop
 OF_THE_ENVIRONMENT = ("sticky", "repeat_action_probability", "noop_max")  # arguments that change no speed
 NAMED_BY_THE_PLAN = ("env_id", "seed", "total_timesteps", "runs_dir", "run_name")
 LAST_LINES = 12  # of a failed run's log that are shown
@@ -206,12 +209,27 @@ def find(run_dir: Path, run: Run, settings: dict) -> Found:
     ]
     if changed and done:
         return Found("other", "; ".join(changed))
-    has_checkpoint = (run_dir / "checkpoint.pt").exists() and not changed
     if done is None:
-        return Found("resumable" if has_checkpoint else "broken", "it has no done.json")
+        resumable = not changed and can_go_on(run_dir, settings)
+        return Found("resumable" if resumable else "broken", "it has no done.json")
     if done.get("steps") != steps_of(settings):
         return Found("broken", f"it is short: {done.get('steps')} of {steps_of(settings)} steps")
     return Found("finished")
+
+
+def can_go_on(run_dir: Path, settings: dict) -> bool:
+    """Whether a run without done.json has a whole checkpoint, and was not ended by what is not finite.
+
+    A diverged run has weights and is short. Resumed, with fresh environments, it might not diverge again: no fair seed.
+    """
+    path = run_dir / "checkpoint.pt"
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    logged = read_events(run_dir).get("charts/SPS")
+    steps = int(logged[0][-1]) if logged else 0
+    whole = hashlib.sha256(content[32:]).digest() == content[:32]
+    return whole and (steps == steps_of(settings) or not (run_dir / "agent.pt").exists())
 
 
 def measure(run_dir: Path, settings: dict) -> dict[str, float]:
@@ -272,18 +290,20 @@ def make_run(run: Run, run_dir: Path, settings: dict, environment: dict[str, str
         def start(*more: str) -> int:
             """The exit code of the script, run to its end."""
             print(f"{time.ctime()}: {' '.join([*command, *more])}", file=log)
-            return subprocess.run(
-                [*command, *more],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables, preexec_fn=die_with_worker,
-            ).returncode  # fmt: skip
+            settled = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": variables}
+            process = subprocess.Popen([*command, *more], **settled, preexec_fn=die_with_worker)
+            try:
+                return process.wait()
+            except BaseException:  # the worker is told to stop: the script may write a checkpoint first
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(SECONDS_TO_STOP)
+                process.kill()
+                raise
 
-        code = REFUSED
-        if found.state == "resumable":
-            code = start("--resume")
-        if code == REFUSED:  # there is no checkpoint, or it is damaged
-            if run_dir.exists():
-                run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{time.time_ns() // 10**6}"))
-            code = start()
+        if found.state == "broken":
+            run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{time.time_ns() // 10**6}"))
+        code = start(*(["--resume"] if found.state == "resumable" else []))
         while code == STOPPED:  # by a signal to the script alone: its worker, this process, is to go on
             code = start("--resume")
         if code:

@@ -8,6 +8,7 @@ transitions, and advantages are divided by the sample's standard deviation, not 
 
 import csv
 import json
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch.utils.tensorboard import SummaryWriter
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it also starts as a file, as benchmark.run does
 import ppo_baseline
 
 
@@ -116,15 +118,22 @@ class Log(BaseCallback):
         self.writer.close()
 
 
-def train(args: Args) -> None:
-    """One run with SB3."""
+def check_args(args: Args) -> None:
+    """Refuse settings that cannot work, or that SB3 has no equal of. Raises SystemExit(2) after one line on stderr."""
     ppo_baseline.check_args(args)
     ppo_baseline.check(args.precision == "fp32", "precision", args.precision, "SB3 computes in fp32")
     ppo_baseline.check(args.chunk_length == 1, "chunk_length", args.chunk_length, "SB3 samples single transitions: 1")
+    ppo_baseline.check(not args.resume, "resume", args.resume, "SB3 keeps no checkpoints here")
+    ppo_baseline.check(not args.compile, "compile", args.compile, "SB3 is run as it is")
+
+
+def train(args: Args) -> None:
+    """One run with SB3."""
+    check_args(args)
     run_dir = ppo_baseline.make_run_dir(args)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     run = ppo_baseline.describe_run(args, device, "fp32")
-    run["script"] = Path(__file__).name
+    run["script"], run["script_path"] = Path(__file__).name, str(Path(__file__).resolve())
     run["versions"]["stable_baselines3"] = stable_baselines3.__version__
     (run_dir / "config.json").write_text(json.dumps(run, indent=2) + "\n")
     envs = EnvPoolVecEnv(args)

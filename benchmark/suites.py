@@ -71,6 +71,16 @@ ABLATION = {
     "chunk-1": Algorithm("deep_spi_ppo_atari.py", {"chunk_length": 1}),
 }
 
+# The defaults against what they could be: precision, chunks, and the peer that a user would pick; and DeepMDP.
+EARLY = {
+    "ppo": Algorithm("ppo_baseline.py", {"precision": "bf16"}),
+    "ppo-fp32": Algorithm("ppo_baseline.py", {"precision": "fp32"}),
+    "deep_spi": Algorithm("deep_spi_ppo_atari.py", {"precision": "bf16"}),
+    "deep_spi-chunk-1": Algorithm("deep_spi_ppo_atari.py", {"precision": "bf16", "chunk_length": 1}),
+    "deepmdp": Algorithm("deepmdp_ppo_atari.py", {"precision": "bf16"}),
+    "sb3": Algorithm("benchmark/sb3_ppo.py"),
+}
+
 # ---- Tasks
 
 CONTROL_STEPS = {"CartPole-v1": 200_000, "Acrobot-v1": 200_000, "LunarLander-v3": 1_500_000}
@@ -107,6 +117,7 @@ SUITES = {
     "atari5": Suite(ATARI, atari_tasks(ATARI5_GAMES), seeds=5),
     "atari57": Suite(ATARI, atari_tasks(ATARI57_GAMES), seeds=5),
     "parallelism": Suite(PARALLELISM, atari_tasks(ATARI5_GAMES), seeds=5),
+    "early": Suite(EARLY, [Task("Krull-v5", 300_000)], seeds=3),  # learned early: see README's 200,000 steps
     "ablation": Suite(ABLATION, atari_tasks(ATARI5_GAMES), seeds=5),
 }
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmark.collect import read_events
 
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = {
     "deep_spi_ppo": "--num-envs 8 --num-steps 64 --total-timesteps 25600 --update-epochs 2",
     "deep_spi_ppo_atari": "--num-envs 4 --num-steps 8 --total-timesteps 640 --update-epochs 1 --env-id Boxing-v5",
-    "ppo_baseline": "--num-envs 4 --num-steps 8 --total-timesteps 1920 --update-epochs 1 --env-id Boxing-v5",
+    "ppo_baseline": "--num-envs 4 --num-steps 128 --total-timesteps 10240 --update-epochs 1 --env-id SpaceInvaders-v5",
 }
 SECONDS = {"deep_spi_ppo": 14.0, "deep_spi_ppo_atari": 14.0, "ppo_baseline": 14.0}  # a run and its start, about
 
@@ -49,6 +50,12 @@ def check_run(run_dir: Path) -> None:
     assert len(steps) == 0 or (steps[0] > 0 and steps[-1] <= expected[-1])
     # No environment makes more steps in its episodes than it was stepped.
     assert sum(int(row[2]) for row in rows) <= expected[-1]
+    # TensorBoard was told the same episodes.
+    accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    told = accumulator.Scalars("charts/episodic_return") if rows else []
+    assert [event.step for event in told] == steps.tolist()
+    np.testing.assert_allclose([event.value for event in told], [float(row[1]) for row in rows], rtol=1e-5)
     at_once = np.unique(steps, return_counts=True)[1]
     assert len(at_once) == 0 or at_once.max() <= args["num_envs"]
     state = torch.load(run_dir / "agent.pt", weights_only=True)
@@ -59,7 +66,7 @@ def check_run(run_dir: Path) -> None:
 
 
 def kill_and_resume(script: str, kills: int, folder: Path, seed: int) -> int:
-    """Kill the script so many times, resuming after each; the number of kills. Raises AssertionError on any loss."""
+    """Kill the script so many times, resuming after each; the number of runs. Raises AssertionError on any loss."""
     rng, killed, number = random.Random(seed), 0, 0
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     while killed < kills:
@@ -85,14 +92,10 @@ def kill_and_resume(script: str, kills: int, folder: Path, seed: int) -> int:
                     killed += 1
                     continue
             _, error = process.communicate()
-            complete = "steps already" in error  # killed between its last checkpoint and its end
-            assert process.returncode == 0 or complete, error
-            if complete:
-                run_dir.rename(folder / f"{run_dir.name}.complete")
-            else:
-                check_run(run_dir)
+            assert process.returncode == 0, error
+            check_run(run_dir)
             break
-    return killed
+    return number
 
 
 def main() -> None:
@@ -104,9 +107,8 @@ def main() -> None:
     shares = [arguments.kills // 3 + (i < arguments.kills % 3) for i in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         for script, kills in zip(SMALL, shares, strict=True):
-            killed = kill_and_resume(script, kills, Path(folder), arguments.seed)
-            finished = len(list(Path(folder).glob(f"{script}-*/agent.pt")))
-            print(f"{script}.py: {killed} kills, {finished} runs finished, each one unbroken whole", flush=True)
+            runs = kill_and_resume(script, kills, Path(folder), arguments.seed)
+            print(f"{script}.py: {kills} kills; {runs} runs finished, each one unbroken whole", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import collect, figures, learning_curve
+from benchmark import collect, figures, keep, learning_curve
+from benchmark import run as launcher
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,3 +54,27 @@ def test_learning_curve_of_a_run_without_episodes_is_refused(tmp_path):
     with pytest.raises(SystemExit) as refused:
         learning_curve.draw(tmp_path)
     assert refused.value.code == 2
+
+
+def test_kept_runs_are_small_and_still_finished(tmp_path):
+    """Without weights and without a path of the machine; to the launcher, put back, they are finished runs."""
+    run = launcher.Run("deep_spi", "CartPole-v1", "CartPole-v1", 1, "deep_spi_ppo.py", {}, 8192)
+    settings = launcher.settings_of(run)
+    run_dir = tmp_path / "suite" / run.name
+    run_dir.mkdir(parents=True)
+    args = settings | {"runs_dir": str(tmp_path), "run_name": "1", "track": False}
+    config = {"script": "deep_spi_ppo.py", "script_path": str(tmp_path / "deep_spi_ppo.py"), "args": args}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    (run_dir / "done.json").write_text(json.dumps({"steps": 8192, "minutes": 1.0, "sps": 100.0}))
+    (run_dir / "episodes.csv").write_text("global_step,return,length\n64,9.0,9\n")
+    (run_dir / "agent.pt").write_bytes(b"weights")
+    (tmp_path / "suite" / "plan.json").write_text("[]")
+    (run_dir.parent / "2").mkdir()  # an unfinished one
+    assert keep.keep(tmp_path / "suite", tmp_path / "kept") == 1
+    kept = tmp_path / "kept"
+    files = sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file())
+    names = [f"{run.name}/{name}" for name in ("config.json", "done.json", "episodes.csv")]
+    assert files == [*names, "plan.json", "plan.json.lock"]
+    assert not [path for path in files if str(tmp_path) in (kept / path).read_text()]
+    assert keep.keep(kept, tmp_path / "back") == 1
+    assert launcher.find(tmp_path / "back" / run.name, run, settings).state == "finished"

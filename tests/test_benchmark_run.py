@@ -3,11 +3,13 @@
 All but one test use a training script that does nothing but write the files of one, so that they take no time.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +298,84 @@ def test_a_broken_run_is_named_moved_aside_and_made_again(script, done, why):
     assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
     (aside,) = work.run_dir.parent.glob("1.broken-*")
     assert (aside / "remains").exists() and not (work.run_dir / "remains").exists()
+
+
+RESUMABLE_SCRIPT = FAKE_SCRIPT.replace("mkdir(parents=True)", "mkdir(parents=True, exist_ok='--resume' in sys.argv)")
+RESUMABLE_SCRIPT = RESUMABLE_SCRIPT.replace(
+    "    time.sleep(args.seconds)\n",
+    """    if behaviour == "stop" and "--resume" not in sys.argv:
+        sys.exit(75)
+    if behaviour == "refuse" and "--resume" in sys.argv:
+        sys.exit(2)
+""",
+)
+
+
+def leave_checkpoint(run_dir: Path) -> None:
+    """As a run that was interrupted does: a whole checkpoint, no weights, nothing to say it is done."""
+    (run_dir / "checkpoint.pt").write_bytes(hashlib.sha256(b"state").digest() + b"state")
+    for name in ("agent.pt", "done.json"):
+        (run_dir / name).unlink()
+
+
+def test_a_run_that_was_told_to_stop_is_resumed_at_once(script):
+    script.write_text(RESUMABLE_SCRIPT)
+    work = planned(script, "behaviour=stop")
+    launcher.make_run(*work)
+    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    assert starts(script) == ["1", "1"] and not list(work.run_dir.parent.glob("1.broken-*"))
+    assert launcher.log_path(work.run_dir).read_text().count("--resume") == 1
+
+
+def test_an_interrupted_run_is_resumed(script):
+    script.write_text(RESUMABLE_SCRIPT)
+    work = planned(script)
+    launcher.make_run(*work)
+    leave_checkpoint(work.run_dir)
+    assert launcher.find(work.run_dir, work.run, work.settings).state == "resumable"
+    launcher.make_run(*work)
+    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    assert not list(work.run_dir.parent.glob("1.broken-*")) and starts(script) == ["1", "1"]
+
+
+def test_a_refused_resume_leaves_the_checkpoint_where_it_is(script):
+    """It may be this machine that lacks something, a GPU say; the next one goes on."""
+    script.write_text(RESUMABLE_SCRIPT)
+    work = planned(script, "behaviour=refuse")
+    launcher.make_run(*work)
+    leave_checkpoint(work.run_dir)
+    with pytest.raises(RuntimeError, match="code 2"):
+        launcher.make_run(*work)
+    assert launcher.find(work.run_dir, work.run, work.settings).state == "resumable"
+
+
+def damage(run_dir: Path) -> None:
+    (run_dir / "checkpoint.pt").write_bytes(b"damaged" * 100)
+
+
+def diverge(run_dir: Path) -> None:
+    """What a script leaves that met a value that is not finite: weights, and logs that end early."""
+    (run_dir / "agent.pt").write_text("weights from before")
+    shutil.copy(run_dir.parents[4] / "short", run_dir / "events.out.tfevents.1")
+
+
+def change_steps(run_dir: Path) -> None:
+    """A script alone allows it; but the learning rate's schedule would not be that of the plan."""
+    config = json.loads((run_dir / "config.json").read_text())
+    config["args"]["total_timesteps"] //= 2
+    (run_dir / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("spoil", [damage, diverge, change_steps])
+def test_what_should_not_be_resumed_is_made_again(script, spoil):
+    script.write_text(RESUMABLE_SCRIPT)
+    work = planned(script)
+    launcher.make_run(*work)
+    leave_checkpoint(work.run_dir)
+    spoil(work.run_dir)
+    assert launcher.find(work.run_dir, work.run, work.settings).state == "broken"
+    launcher.make_run(*work)
+    assert len(list(work.run_dir.parent.glob("1.broken-*"))) == 1
 
 
 def test_a_finished_run_with_other_settings_is_refused(capsys, script):

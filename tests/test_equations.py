@@ -284,7 +284,7 @@ def test_placements_differ_only_where_the_clip_bites(atari):
 
 @pytest.mark.parametrize("script, shape", [(deep_spi_ppo_atari, (7, 7, 64)), (deep_spi_ppo, (32,))])
 def test_transition_model_equals_one_row_at_a_time(script, shape):
-    """Grouping rows by action must not mix them up: each row alone gives the same sample, in its own place."""
+    """Rows must not be mixed up: each row alone gives the same sample, in its own place."""
     model = script.TransitionModel(5, "exact", torch.Generator().manual_seed(3))
     z, noise = torch.randn(9, *shape), torch.randn(9, *model.noise_shape)
     actions = torch.tensor([4, 0, 2, 2, 4, 0, 0, 4, 2])

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -186,6 +187,28 @@ def test_what_is_not_finite_stops_the_run(tmp_path, flags, step, term):
     baseline = [name for name in start if "_model" not in name]
     assert_bit_equal({name: kept[name] for name in baseline}, {name: start[name] for name in baseline})
     assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler on a CPU")
+@pytest.mark.parametrize("script, graphs", [(BASELINE, 1), (DEEPMDP, 1), (ATARI, 3), (VECTOR, 3)])
+def test_compiled_networks_are_the_same_networks(script, graphs, tmp_path):
+    """One iteration; rounding differs."""
+    flags = SMALL[script].rsplit(" ", 1)[0] + (" 256" if script == VECTOR else " 32")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for name in ("eager", "--compile"):
+        own = [] if name == "eager" else [name]
+        done = run_here(
+            script,
+            [*flags.split(), *f"--seed 3 --device cpu --runs-dir {tmp_path} --run-name".split(), name.strip("-"), *own],
+        )
+        assert done.returncode == 0, done.stderr
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] >= graphs) == bool(own)
+    eager, compiled = (torch.load(tmp_path / name / "agent.pt", weights_only=True) for name in ("eager", "compile"))
+    assert eager.keys() == compiled.keys()
+    for name in ("fc.weight", "actor.weight", "critic.weight"):
+        torch.testing.assert_close(compiled[name], eager[name], rtol=0, atol=5e-4)
 
 
 def logged(runs, key):

@@ -1,0 +1,46 @@
+"""Keep what a report needs of a suite's finished runs: python -m benchmark.keep FROM TO
+
+Copies plan.json and, of each finished run, done.json, episodes.csv and config.json, this one without the machine's
+paths: no weights, no TensorBoard files. Works both ways: from runs/benchmark/SUITE into benchmark/results/suites/SUITE,
+to be committed, and back, where `benchmark.run` then skips these runs and `benchmark.report` reports them.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from benchmark.run import Run, write_plan
+
+
+def keep(source: Path, target: Path) -> int:
+    """Copy the runs below `source`; their number. A finished run that `target` already has is written anew.
+
+    Raises SystemExit(1) if there is no such folder, or if `target` has one of the runs unfinished.
+    """
+    if not source.is_dir():
+        raise SystemExit(f"error: FROM: there is no folder {source}")
+    kept = sorted(path.parent for path in source.glob("*/*/*/done.json") if ".broken-" not in path.parent.name)
+    for run_dir in kept:
+        copy = target / run_dir.relative_to(source)
+        if copy.exists() and not (copy / "done.json").exists():
+            raise SystemExit(f"error: TO: {copy} is an unfinished run; move it away")
+        copy.mkdir(parents=True, exist_ok=True)
+        config = json.loads((run_dir / "config.json").read_text())
+        config.pop("script_path", None)
+        config["args"] |= {"runs_dir": "", "run_name": run_dir.name}
+        (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copyfile(run_dir / "episodes.csv", copy / "episodes.csv")
+        shutil.copyfile(run_dir / "done.json", copy / "done.json")  # last, as it marks the run as finished
+    if (source / "plan.json").exists():
+        plan = [Run(**run) for run in json.loads((source / "plan.json").read_text())]
+        write_plan(target / "plan.json", plan)  # which leaves in it what was planned there
+    return len(kept)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmark.keep", description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, metavar="FROM")
+    parser.add_argument("target", type=Path, metavar="TO")
+    arguments = parser.parse_args()
+    print(f"{keep(arguments.source, arguments.target)} finished runs kept in {arguments.target}")

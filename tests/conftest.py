@@ -1,0 +1,16 @@
+"""What all tests share."""
+
+import signal
+
+import pytest
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+
+@pytest.fixture(autouse=True)
+def restore_signals():
+    """The scripts catch signals for a process of their own."""
+    yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
