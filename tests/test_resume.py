@@ -43,7 +43,7 @@ def small_args(script, folder: Path, name: str = "run", iterations: int = 6, **s
     """Small settings. For the baseline, games that end within them; the others' updates take longer."""
     sizes = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "env_id": "Boxing-v5"}
     if script is ppo_baseline:
-        sizes |= {"num_steps": 160, "env_id": "SpaceInvaders-v5"}
+        sizes |= {"num_steps": 400, "env_id": "SpaceInvaders-v5"}
     if script is deep_spi_ppo:
         sizes = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "sticky": 0.3}
     steps = iterations * sizes["num_envs"] * sizes["num_steps"]
@@ -195,7 +195,7 @@ def test_signal_stops_the_run_after_its_iteration(moment, number, monkeypatch, t
     captured = capsys.readouterr()
     assert f"stopped by {number.name}" in captured.err and captured.err.rstrip().endswith("--resume")
     iterations = checkpoint_of(script, args)["iterations"]
-    assert iterations == {"setup": 1, "rollout": 3, "update": 3, "checkpoint": 2}[moment]
+    assert iterations == {"setup": 1, "rollout": 3, "update": 3, "checkpoint": 3}[moment]
     time.sleep(1.1)
     script.train(replace(args, resume=True))
     check_run(tmp_path / "run")
@@ -314,10 +314,11 @@ def test_full_disk_stops_the_run_and_keeps_the_checkpoint(script, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, raised again here
 def test_folder_that_vanishes_stops_the_run_with_its_cause(monkeypatch, tmp_path):
     args = small_args(deep_spi_ppo, tmp_path, checkpoint_interval=2)
     at_call(monkeypatch, deep_spi_ppo, "compute_gae", 3, lambda: (tmp_path / "run").rename(tmp_path / "elsewhere"))
-    with pytest.raises(OSError, match=r"run.*checkpoint"):
+    with pytest.raises(OSError, match="/run/"):  # TensorBoard's file, or the checkpoint
         deep_spi_ppo.train(args)
     assert checkpoint_of(deep_spi_ppo, replace(args, run_name="elsewhere"))["iterations"] == 2
 
