@@ -153,6 +153,9 @@ def check_args(args: Args) -> None:
         check(0 <= given[name] < math.inf, name, given[name], "must be finite and not negative")
     for name in ("learning_rate", "max_grad_norm"):
         check(0 < given[name] < math.inf, name, given[name], "must be finite and positive")
+    check(
+        args.noop_max <= 10_000, "noop_max", args.noop_max, "must be at most 10,000: every start plays so many frames"
+    )
     check(0 < args.clip_coef < 1, "clip_coef", args.clip_coef, "must lie in (0, 1), so that 1 < C < 2")
     check(0 <= args.seed < 2**63, "seed", args.seed, "must lie in [0, 2^63)")
     batch_size, length = args.num_envs * args.num_steps, args.chunk_length
