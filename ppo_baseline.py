@@ -13,7 +13,7 @@ that the world model is all that the two scripts' runs differ by.
 
 Diff me against `deep_spi_ppo_atari.py`: the diff is Deep SPI. With that script's two coefficients at 0, the weights
 after training are the same, to the last bit on a CPU in float32.
-Cost: 334 steps a second on 2 CPU cores in float32, so 10 M steps take 8 hours there; see README.md.
+Cost: 1444 steps a second on 2 CPU cores with bf16 units and `--precision auto`: 10 M steps in 2 hours; see README.md.
 """
 # ==== 1. Imports ======================================================================================================
 

@@ -124,7 +124,7 @@ def throughput_figure(results: Path) -> None:
             )
             labels.append(f"{script}.py, A = {num_actions}")
     axis.set(yticks=range(len(labels)), yticklabels=labels, xlabel="seconds an iteration (1,024 steps); | end to end")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(STAGES), fontsize=8)
     figure.savefig(results / "throughput.png", dpi=150, metadata={"Software": None})
 
 
