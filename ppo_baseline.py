@@ -170,7 +170,10 @@ def check_env(env_id: str) -> int:
         closest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0.4)) or "none; see envpool.list_all_envs()"
         check(False, "env_id", env_id, f"no such environment; closest: {closest}")
     warnings.filterwarnings("ignore", ".*precision lowered by casting")  # EnvPool's own spaces set it off
-    spec = envpool.make_spec(env_id)
+    try:
+        spec = envpool.make_spec(env_id)
+    except ImportError as error:  # Procgen needs system libraries
+        check(False, "env_id", env_id, str(error))
     actions, observations = spec.action_space, spec.observation_space
     check(isinstance(actions, gym.spaces.Discrete), "env_id", env_id, f"actions must be discrete, not {actions}")
     frames = observations.shape == (4, 84, 84) and observations.dtype == np.uint8
