@@ -167,7 +167,7 @@ def check_args(args: Args) -> None:
     check(args.device != "cuda" or torch.cuda.is_available(), "device", args.device, "this machine has no CUDA device")
     compiler = (args.device != "cpu" and torch.cuda.is_available()) or shutil.which("g++") or shutil.which("clang++")
     check(not args.compile or bool(compiler), "compile", args.compile, "takes a C++ compiler on a CPU, g++ or clang++")
-    check(not args.resume or args.run_name is not None, "resume", args.resume, "needs the run's name: --run-name")
+    check(not args.resume or bool(args.run_name), "resume", args.resume, "needs the run's name: --run-name")
     tracking = not args.track or importlib.util.find_spec("wandb") is not None
     check(tracking, "track", args.track, "needs Weights & Biases: pip install wandb")
 
@@ -599,7 +599,7 @@ def load_checkpoint(run_dir: Path, run: dict) -> dict:
     state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
     script = state["run"]["script"]
     check(script == run["script"], "resume", str(path), f"is a checkpoint of {script}")
-    may_change = ("total_timesteps", "checkpoint_interval", "resume", "track", "runs_dir", "run_name")
+    may_change = ("total_timesteps", "checkpoint_interval", "resume", "track", "runs_dir", "run_name", "device")
     before, now = (
         {f"--{name.replace('_', '-')}": value for name, value in described["args"].items() if name not in may_change}
         | {"precision": described["precision"], "device is a CPU": described["device"] == "cpu"}
@@ -607,6 +607,9 @@ def load_checkpoint(run_dir: Path, run: dict) -> dict:
     )
     changed = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]]
     check(not changed, "resume", str(run_dir), f"may not change: {'; '.join(changed)}")
+    episodes = run_dir / "episodes.csv"
+    short = not episodes.is_file() or episodes.stat().st_size < state["episodes_bytes"]
+    check(not short, "resume", str(episodes), "lacks episodes that it had at the checkpoint")
     return state
 
 

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import io
 import json
+import pickle
 import statistics
 import sys
 from dataclasses import dataclass
@@ -59,14 +60,18 @@ def load_config(run_dir: Path) -> dict:
     path = run_dir / "config.json"
     check(path.is_file(), "run", run_dir, "no run's folder: it has no config.json")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         check(False, "run", run_dir, f"config.json is not JSON: {error}")
+    whole = isinstance(config, dict) and {"script", "args"} <= config.keys()
+    check(whole, "run", run_dir, "config.json does not describe a run: it has no script or no args")
+    return config
 
 
 def load_script(path: Path) -> ModuleType:
     """The training script as a module. Raises SystemExit(2) if it is not there."""
-    check(path.is_file(), "--script", path, "there is no such training script; name it with --script")
+    known = path.is_file() and path.suffix == ".py"
+    check(known, "--script", path, "there is no such training script, *.py; name it with --script")
     spec = importlib.util.spec_from_file_location(f"evaluated_{path.stem}", path)
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script  # where dataclasses look up their annotations
@@ -83,7 +88,10 @@ def load_weights(run_dir: Path) -> dict[str, torch.Tensor]:
     check(bool(paths), "run", run_dir, "it has neither agent.pt nor checkpoint.pt yet")
     path = max(paths, key=lambda path: path.stat().st_mtime_ns)
     if path.name == "agent.pt":
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            check(False, "run", path, f"is damaged: {str(error).splitlines()[0]}")
     content = path.read_bytes()
     whole = hashlib.sha256(content[32:]).digest() == content[:32]
     check(whole, "run", path, "is damaged: its digest is not that of its content")
@@ -149,6 +157,7 @@ def main(own: Args) -> None:
     """Evaluate the run."""
     check(own.episodes >= 1, "--episodes", own.episodes, "must be at least 1")
     check(own.max_length >= 1, "--max-length", own.max_length, "must be at least 1")
+    check(0 <= own.seed < 2**63, "--seed", own.seed, "must lie in [0, 2^63)")
     config = load_config(own.run)
     beside = Path(__file__).parent / config["script"]  # for a run that was made on another machine
     path = own.script or next(filter(Path.is_file, (Path(config.get("script_path", "")), beside)), beside)
@@ -179,4 +188,7 @@ def main(own: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except OSError as error:  # a full disk, say
+        sys.exit(f"error: {error}")

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -99,6 +100,14 @@ def learner(script_name: str, flags: list[str]) -> None:
     script.train(tyro.cli(script.Args, args=flags))
 
 
+def own_peak() -> int:
+    """Peak memory of this process, in the unit of ru_maxrss, which on Linux may still be that of its parent."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+
+
 def run(case: Case) -> dict[str, float]:
     """One process: steps per second, overhead in seconds, peak memory in GB. Raises RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +124,7 @@ def run(case: Case) -> dict[str, float]:
             raise RuntimeError(f"{' '.join(case.command)} failed:\n{log.read()[-2000:]}")
         at_step, sps = read_events(Path(folder) / "run")["charts/SPS"]
     elapsed = at_step / sps  # seconds since the start, at the end of each iteration
-    if usage.ru_maxrss <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
+    if usage.ru_maxrss <= own_peak():
         raise RuntimeError("peak memory cannot be told: a child's begins with that of the process that started it")
     return {
         "sps": ITERATION / float(np.median(np.diff(elapsed))),

@@ -512,7 +512,10 @@ def test_kill_at_random_then_continue(script):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_interrupting_the_launcher_ends_its_runs_and_keeps_the_finished(script):
     command = [sys.executable, "-m", "benchmark.run", *words(script, "seconds=60")]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not starts(script) and time.monotonic() < deadline:
         time.sleep(0.05)

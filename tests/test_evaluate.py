@@ -112,11 +112,30 @@ def test_copied_script(tmp_path, capsys):
     assert evaluated(tmp_path / "run", episodes=2, script=tmp_path / "moved.py") == rows
 
 
-@pytest.mark.parametrize(
-    "settings, words", [({"episodes": 0}, "--episodes"), ({"max_length": 0}, "--max-length"), ({}, "config.json")]
-)
-def test_bad_input(settings, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as refused:
-        evaluate.main(evaluate.Args(tmp_path, **settings))
+def damage_weights(run_dir):
+    content = (run_dir / "agent.pt").read_bytes()
+    (run_dir / "agent.pt").write_bytes(content[: len(content) // 2])
+
+
+def refused(capsys, run_dir: Path, **settings) -> str:
+    """The one line with which it refuses."""
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(evaluate.Args(run_dir, **settings))
     captured = capsys.readouterr()
-    assert refused.value.code == 2 and words in captured.err and len(captured.err.strip().splitlines()) == 1
+    (line,) = captured.err.splitlines()
+    assert stopped.value.code == 2 and captured.out == ""
+    return line
+
+
+def test_bad_input(cartpole, tmp_path, capsys):
+    for name, value in (("episodes", 0), ("max_length", 0), ("seed", -1), ("seed", 2**63)):
+        assert f"--{name.replace('_', '-')}" in refused(capsys, cartpole, **{name: value})
+    assert "config.json" in refused(capsys, tmp_path)
+    assert "--script" in refused(capsys, cartpole, script=Path(__file__).parent / "golden" / "README.md")
+    run_dir = tmp_path / "copy"
+    shutil.copytree(cartpole, run_dir)
+    damage_weights(run_dir)
+    assert "agent.pt" in refused(capsys, run_dir)
+    for content in ("", "{}", "[]"):
+        (run_dir / "config.json").write_text(content)
+        assert "config.json" in refused(capsys, run_dir)

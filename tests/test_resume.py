@@ -275,6 +275,18 @@ def test_changed_arguments_are_named(checkpointed, capsys):
     assert "precision was 'fp32' and is 'bf16'" in capsys.readouterr().err
 
 
+def test_lost_episodes_are_noticed(checkpointed, capsys):
+    """Rather than papered over, when the file is cut back to where it was at the checkpoint."""
+    run_dir, args, content = checkpointed
+    path = run_dir / "episodes.csv"
+    text = path.read_text()
+    path.write_text(text[:-1])
+    assert_refused(run_dir, args, content, capsys, "episodes.csv", "lacks episodes")
+    path.unlink()
+    assert_refused(run_dir, args, content, capsys, "episodes.csv", "lacks episodes")
+    path.write_text(text)
+
+
 def test_there_is_nothing_to_resume(tmp_path, capsys):
     assert stop(deep_spi_ppo, small_args(deep_spi_ppo, tmp_path, resume=True)) == 2
     assert "no checkpoint.pt" in capsys.readouterr().err and not list(tmp_path.iterdir())
