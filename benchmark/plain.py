@@ -1,8 +1,9 @@
 """The straightforward form of an Atari script: python -m benchmark.plain SCRIPT [the script's own flags]
 
 What the scripts do to be fast is undone here: float32 frames in (N, C, H, W) order, minibatches of independent
-transitions with both frames encoded, and a transition model that computes every action's outputs and keeps one, as the
-published code does. `benchmark.throughput` compares with it, and the tests take it as the simple definition.
+transitions with both frames encoded, a transition model that computes every action's outputs and keeps one, as the
+published code does, and freed memory left to the system. Not undone: P̄'s noise is drawn once an iteration, and R̄'s
+GroupSort is the script's. `benchmark.throughput` compares with it, and the tests take it as the simple definition.
 """
 
 import importlib
