@@ -45,6 +45,7 @@ STOPPED = 75  # exit code of a script that was told to stop, and left a checkpoi
 SECONDS_TO_STOP = 60  # that a script has for this when its worker is told to stop
 OF_THE_ENVIRONMENT = ("sticky", "repeat_action_probability", "noop_max")  # arguments that change no speed
 NAMED_BY_THE_PLAN = ("env_id", "seed", "total_timesteps", "runs_dir", "run_name")
+MOST_REQUEUES = 100  # of a SLURM task whose time was up
 LAST_LINES = 12  # of a failed run's log that are shown
 SECONDS_BETWEEN_LOOKS = {"local": 0.2, "slurm": 5.0}  # whether a job has ended
 
@@ -292,6 +293,7 @@ def make_run(run: Run, run_dir: Path, settings: dict, environment: dict[str, str
             print(f"{time.ctime()}: {' '.join([*command, *more])}", file=log)
             settled = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": variables}
             process = subprocess.Popen([*command, *more], **settled, preexec_fn=die_with_worker)
+            scripts.append(process)
             try:
                 return process.wait()
             except BaseException:  # the worker is told to stop: the script may write a checkpoint first
@@ -310,6 +312,27 @@ def make_run(run: Run, run_dir: Path, settings: dict, environment: dict[str, str
             lines = log_path(run_dir).read_text(errors="replace").splitlines()[-LAST_LINES:]
             raise RuntimeError("\n".join([f"the script ended with code {code}, and last wrote:", *lines]))
         write_json(run_dir / "done.json", measure(run_dir, settings))
+
+
+scripts: list[subprocess.Popen] = []  # those that this worker started; at most the last is running
+
+
+def stop_for_now(*work) -> submitit.helpers.DelayedSubmission:
+    """Let the script write its checkpoint and end, and give the job to do later: `make_run` with the same arguments.
+
+    submitit calls this when SLURM's time for the task is nearly up, and then requeues the task.
+    """
+    for script in scripts[-1:]:
+        script.terminate()
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        # This interrupts `make_run` where it waits for the script, so the end is to be seen here, but taken there.
+        look = functools.partial(os.waitid, os.P_PID, script.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        while script.returncode is None and look() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    return submitit.helpers.DelayedSubmission(make_run, *work)
+
+
+make_run.checkpoint = stop_for_now  # the name that submitit looks for
 
 
 # ---- All runs
@@ -356,7 +379,7 @@ def queued_jobs() -> set[str]:
 
 def work_on_slurm(todo: list[Work], jobs_dir: Path, parameters: dict) -> Iterator[tuple[Work, Path]]:
     """Make the runs as one job array, and yield each with its job's error log as it leaves the queue."""
-    executor = submitit.SlurmExecutor(jobs_dir)
+    executor = submitit.SlurmExecutor(jobs_dir, max_num_timeout=MOST_REQUEUES)
     executor.update_parameters(**parameters)
     try:
         jobs = executor.map_array(make_run, *zip(*todo, strict=True))

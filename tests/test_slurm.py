@@ -1,6 +1,7 @@
 """A real SLURM cluster of one node, started by slurm_cluster.sh, on which the launcher makes a suite as a job array."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -90,6 +91,22 @@ def test_a_task_that_dies_without_a_word_is_named(cluster, script):  # noqa: F81
         out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "FAILED fake/CartPole-v1/1" in err and "0 of 1 runs are finished" in out
+
+
+def test_a_task_whose_time_is_nearly_up_is_requeued_and_goes_on_from_its_checkpoint(cluster, tmp_path: Path):
+    arguments = ["--suite=smoke", "--algorithms", "deep_spi", "--seeds=1", f"--results={tmp_path}"]
+    folder = tmp_path / "smoke" / "deep_spi" / "CartPole-v1"
+    with launch(cluster, arguments) as process:
+        episodes = folder / "1" / "episodes.csv"
+        wait_until(lambda: episodes.exists() and episodes.read_text().count("\n") > 20)
+        (job,) = slurm(cluster, "squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").split()
+        slurm(cluster, "scancel", "--signal=USR2", job)  # what SLURM sends by itself 90 s before the end
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "1 of 1 runs are finished" in out and "FAILED" not in err
+    (leg,) = json.loads((folder / "1" / "config.json").read_text())["resumes"]
+    assert 0 < leg["global_step"] < 40_960
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["1"]  # nothing was moved aside
 
 
 def test_a_partition_that_does_not_exist_is_refused(cluster, script):  # noqa: F811
