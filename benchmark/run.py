@@ -453,7 +453,13 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="local: runs side by side (1)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and an estimate of its time, and stop")
     parser.add_argument("--partition", help="slurm: its partition (default: the cluster's)")
-    parser.add_argument("--time", type=int, default=60 * 24, metavar="MIN", help="slurm: minutes for one run (1440)")
+    parser.add_argument(
+        "--time",
+        type=int,
+        default=60 * 24,
+        metavar="MIN",
+        help="slurm: minutes for one task; then its run is queued again, to go on (1440)",
+    )
     parser.add_argument("--gpus-per-task", type=int, default=0, help="slurm: GPUs for one run (0)")
     parser.add_argument(
         "--cpus-per-task", type=int, help="cores for one run (local: all, divided by the workers; slurm: 2)"
@@ -465,6 +471,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     for flag in ("seeds", "workers", "time", "cpus-per-task", "array-parallelism"):
         given = getattr(args, flag.replace("-", "_"))
         check(given is None or given >= 1, flag, given, "must be at least 1")
+    rule = "must be at least 5: SLURM may say as early as 150 s before the end that it is near"
+    check(args.executor != "slurm" or args.time >= 5, "time", args.time, rule)
     check(args.gpus_per_task >= 0, "gpus-per-task", args.gpus_per_task, "must be at least 0")
     if args.executor == "slurm" and not args.dry_run:
         absent = [command for command in ("sbatch", "srun", "squeue") if shutil.which(command) is None]

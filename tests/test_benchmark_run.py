@@ -165,6 +165,7 @@ def test_settings_are_typed_and_switches_are_understood(script):
         (["--suite=smoke", "--algorithms", "x=tests/launch.py"], ("--algorithms", "launch.py", "Args")),
         (["--suite=smoke", "--seeds=0"], ("--seeds", "0", "at least 1")),
         (["--suite=smoke", "--workers=0"], ("--workers", "0", "at least 1")),
+        (["--suite=smoke", "--executor=slurm", "--time=4", "--dry-run"], ("--time", "4", "at least 5")),
         (["--suite=smoke", "--executor=pbs"], ("--executor", "'pbs'", "slurm")),
         (["--suite=smoke", "--gpus-per-task=-1"], ("--gpus-per-task", "-1", "at least 0")),
     ],
