@@ -356,7 +356,8 @@ class TransitionModel(nn.Module):
         x = F.pad(z, (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
         hidden = F.conv2d(x, self.hidden.normalized_weight(), self.hidden.bias)  # (B, 128, 7, 7)
         hidden = group_sort(hidden.flatten(2).contiguous())  # (B, 128, 49)
-        logits = F.linear(hidden.mT.flatten(1), self.mixture.normalized_weight(), self.mixture.bias).float()
+        mixture = self.mixture.normalized_weight().unflatten(1, (49, 128)).mT.flatten(1)  # in hidden's order
+        logits = F.linear(hidden.flatten(1), mixture, self.mixture.bias).float()
         logits = logits.unflatten(1, (5, self.num_actions)).take_along_dim(actions[:, None, None], dim=2)
         weights = logits.squeeze(2).softmax(-1)  # (B, K)
 
