@@ -4,8 +4,9 @@
     python -m benchmark.confounding          # the study: twelve settings, 10 seeds
 
 Two corridors look alike up to their last cell, '!'. UP at the top '!' is best, UP at the bottom '!' is a disaster. An
-agent sees pictures; if φ merges the two '!', an update that raises UP at one raises it at both. The MDP is known and
-small, so V^{π_n} of every policy on the way is exact, and each fall of it counts. Three agents with the same networks:
+agent sees pictures; if φ merges the two '!', an update that raises UP at one raises it at both: as 1-ε of the episodes
+pass the top one, a batch in which UP was tried there alone is all praise. The MDP is known and small, so V^{π_n} of
+every policy on the way is exact, and each fall of it counts. Three agents with the same networks:
 
     ppo       loss of the clipped objective min(r A, clip(r, 1 ± ε) A); R̄ and P̄ are not trained
     additive  + α_R L_R + α_P L_P beside it (the placement of DeepMDP): no clip bounds how far they move φ
@@ -97,11 +98,12 @@ class Args:
 
     # ---- Deep SPI
     latent_dim: int = 1
-    """D, dimensions of z: narrow, so that φ has to choose which states to merge (Atari's 3136 tell them all apart)"""
+    """D, dimensions of z: narrow, so that φ has to choose which states to merge (Atari's 3136 tell them all apart);
+    with another D give --transition-loss-coef 1.568/D, too"""
     reward_loss_coef: float = 0.01
     """α_R, weight of the reward loss"""
     transition_loss_coef: float = 1.568
-    """α_P, weight of the transition loss, a sum over D dimensions: the published 0.0005 for 3136 is 1.568/D"""
+    """α_P, weight of the transition loss, a sum over D dimensions: the published 0.0005 for 3136 is 1.568 for one"""
 
     @property
     def loss_placement(self) -> str:
@@ -128,10 +130,15 @@ def check_args(args: Args) -> None:
     for name in ("learning_rate", "max_grad_norm"):
         check(0 < given[name] < math.inf, name, given[name], "must be finite and positive")
     check(0 < args.clip_coef < 1, "clip_coef", args.clip_coef, "must lie in (0, 1), so that 1 < C < 2")
-    check(0 <= args.seed < 2**32 - args.num_seeds, "seed", args.seed, "must lie in [0, 2^32)")
+    check(
+        0 <= args.seed <= 2**32 - args.num_seeds, "seed", args.seed, "the last of num_seeds seeds must lie in [0, 2^32)"
+    )
     rule = "must lie in [2, 81]: at 1 the state F would lie on '@', and a picture has 84 columns for n_path + 3 cells"
     check(2 <= args.n_path <= 81, "n_path", args.n_path, rule)
     check(0 < args.epsilon < 1, "epsilon", args.epsilon, "must lie in (0, 1)")
+    check(args.epsilon >= 1e-6, "epsilon", args.epsilon, "too small: the reward at F grows as 1/epsilon")
+    rule = "too small: the rewards for UP grow as 1/gamma^n_path, here by more than a million"
+    check(args.n_path * math.log(args.gamma) > -math.log(1e6), "gamma", args.gamma, rule)
     check(0 < args.start_up <= 0.5, "start_up", args.start_up, "must lie in (0, 0.5]")
     used = args.start == "confounded" or args.start_up == Args.start_up
     check(used, "start_up", args.start_up, "leave it out: a fresh start is fitted to no policy")
@@ -488,8 +495,17 @@ def compute_loss(
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
+class History(NamedTuple):
+    """What a run was before and after each of its n iterations."""
+
+    V: np.ndarray  # (n + 1, S) exact V^{π_n}
+    pi: np.ndarray  # (n + 1, S, A)
+    distance: np.ndarray  # (n + 1,) `critical_distance`
+    penalty: np.ndarray  # (n,) mean of α_R ℓ_R + α_P ℓ_P, where A has standard deviation 1; nan for PPO
+
+
 def total_decrease(V: np.ndarray) -> float:
-    """Σ_n max(0, V_n - V_{n+1}) of values V (iterations + 1,): 0 if and only if every update was an improvement."""
+    """Σ_n max(0, V_n - V_{n+1}) of values V (iterations + 1,): 0 if and only if V never fell."""
     return np.maximum(0, V[:-1] - V[1:]).sum()
 
 
@@ -527,10 +543,11 @@ def start_policy(args: Args, num_states: int) -> np.ndarray:
 def fit_to_start_policy(agent: Agent, world: Gridworld, args: Args) -> None:
     """Train φ, actor, critic, R̄ and P̄ on the data of π_b until φ merges the two '!'. Raises RunFailed if it does not.
 
-    Every (s, a, s') counts with its exact probability, so that what π_b hardly ever does hardly ever counts. V_b tells
-    the columns of a corridor apart, but not top from bottom; ℓ_P pulls together the two corridors, since from '@' it
-    cannot be predicted which one comes; UP at the two '!' would tell them apart, were it not so rare. No method has a
-    part in this: all three start from the same weights. π_b is the same in all states, so the actor begins at it.
+    Every (s, a, s') counts with its exact share of π_b's discounted steps: what π_b hardly ever does hardly ever
+    counts. V_b tells the columns of a corridor apart, but not top from bottom; ℓ_P pulls together the two corridors,
+    since from '@' it cannot be predicted which one comes; UP at the two '!' would tell them apart, were it not so rare.
+    No method has a part in this: all three start from the same weights. π_b is the same in all states, so the actor
+    begins at it. P̄ is fitted in its mean only: its scales stay as they were drawn, and the runs have yet to learn them.
     """
     pi_b, R = start_policy(args, len(world.P)), world.R / args.n_path
     V_b, visits = value(world.P, R, pi_b, args.gamma), state_visits(world, pi_b, args.gamma)
@@ -592,8 +609,8 @@ def evaluate(agent: Agent, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z, log_pi, state_values
 
 
-def train(args: Args) -> tuple[dict[str, float], np.ndarray]:
-    """One run: its metrics, and the exact V^{π_n} before and after every iteration, (iterations + 1, S)."""
+def train(args: Args) -> tuple[dict[str, float], History]:
+    """One run: its metrics and its history. Raises RunFailed."""
     start_time = time.perf_counter()
     T, N = args.num_steps, args.num_envs
     num_iterations = args.total_timesteps // (T * N)
@@ -612,9 +629,8 @@ def train(args: Args) -> tuple[dict[str, float], np.ndarray]:
     dones = torch.zeros((T + 1, N), dtype=torch.bool)  # states[t] is the last of an episode
 
     z, log_pi, state_values = evaluate(agent, pictures)
-    start_distance = critical_distance(z, world)
-    V = [value(world.P, world.R, log_pi.double().exp().numpy(), args.gamma)]
-    outside = []
+    pi, distance = [log_pi.double().exp().numpy()], [critical_distance(z, world)]
+    outside, penalty = [], []
 
     for iteration in range(num_iterations):
         # ==== 7. Rollout ==============================================================================================
@@ -651,16 +667,19 @@ def train(args: Args) -> tuple[dict[str, float], np.ndarray]:
                 minibatch_stats.append(torch.stack(list(stats.values())))
 
         # ==== 10. Logging =============================================================================================
-        finite = torch.stack(minibatch_stats).isfinite().all(0)
+        table = torch.stack(minibatch_stats)  # (minibatches, stats)
+        finite = table.isfinite().all(0)
         if not finite.all():
             terms = ", ".join(name for name, fine in zip(stats, finite, strict=True) if not fine)
             raise RunFailed(f"stopped at step {(iteration + 1) * T * N}: not finite: {terms}")
+        penalty.append(dict(zip(stats, table.mean(0).tolist(), strict=True)).get("spi/penalty_mean", math.nan))
         old_log_pi = log_pi
         z, log_pi, state_values = evaluate(agent, pictures)
-        V.append(value(world.P, world.R, log_pi.double().exp().numpy(), args.gamma))
+        pi.append(log_pi.double().exp().numpy())
+        distance.append(critical_distance(z, world))
         outside.append(outside_neighbourhood(old_log_pi, log_pi, args.clip_coef)[~world.is_terminal].mean())
 
-    V = np.stack(V)
+    V = value(world.P, world.R, np.stack(pi), args.gamma)
     V_start = V[:, world.start]
     metrics = {
         "total_decrease": total_decrease(V_start),
@@ -668,11 +687,12 @@ def train(args: Args) -> tuple[dict[str, float], np.ndarray]:
         "start_value": V_start[0],
         "final_value": V_start[-1],
         "outside_neighbourhood": np.mean(outside),  # of all actions in the states where π acts
-        "distance_start": start_distance,
-        "distance_end": critical_distance(z, world),
+        "distance_start": distance[0],
+        "distance_end": distance[-1],
         "seconds": time.perf_counter() - start_time,
     }
-    return {name: float(number) for name, number in metrics.items()}, V
+    history = History(V, np.stack(pi), np.array(distance), np.array(penalty))
+    return {name: float(number) for name, number in metrics.items()}, history
 
 
 # ==== 11. Comparison ==================================================================================================
@@ -683,8 +703,8 @@ METRICS = {  # columns of the summary
     "largest_drawdown": "largest drawdown",
     "final_value": "final V",
     "outside_neighbourhood": "outside N^C",
-    "distance_start": "critical distance, start",
-    "distance_end": "critical distance, end",
+    "distance_start": "relative critical distance, start",
+    "distance_end": "relative critical distance, end",
 }
 
 
@@ -742,7 +762,7 @@ def draw_values(axis: plt.Axes, runs: dict[str, dict[int, dict]]) -> None:
 
 
 def main(args: Args) -> None:
-    """Every method with every seed, then their table and pictures. A run that fails ends it, with exit code 1."""
+    """Every method with every seed, then their table and pictures. If a run fails, it is named, and exit code is 1."""
     check_args(args)
     out_dir = Path(args.out_dir)
     try:
@@ -751,19 +771,22 @@ def main(args: Args) -> None:
         check(False, "out_dir", args.out_dir, f"must be a folder that can be made: {error.strerror}")
     check(os.access(out_dir, os.W_OK), "out_dir", args.out_dir, "must be writable")
     torch.set_num_threads(1)  # bits depend on it, and small networks gain little from a second
-    world, runs = make_gridworld(args.n_path, args.epsilon, args.gamma), {}
+    world, runs, failed = make_gridworld(args.n_path, args.epsilon, args.gamma), {}, False
     for seed in range(args.seed, args.seed + args.num_seeds):
         for method in METHODS if args.method == "all" else (args.method,):
             try:
-                metrics, V = train(replace(args, seed=seed, method=method))
+                metrics, history = train(replace(args, seed=seed, method=method))
             except RunFailed as error:
                 print(f"error: {METHODS[method]}, seed {seed}: {error}", file=sys.stderr)
-                raise SystemExit(1) from None
-            steps = np.arange(len(V)) * args.num_envs * args.num_steps
-            runs.setdefault(method, {})[seed] = metrics | {"steps": steps, "V_start": V[:, world.start]}
+                failed = True
+                continue
+            steps = np.arange(len(history.V)) * args.num_envs * args.num_steps
+            runs.setdefault(method, {})[seed] = metrics | {"steps": steps, "V_start": history.V[:, world.start]}
             numbers = f"largest drawdown {metrics['largest_drawdown']:.2f}, final V {metrics['final_value']:.2f}"
             print(f"{METHODS[method]}, seed {seed}: {numbers}, {metrics['seconds']:.0f} s", flush=True)
 
+    if not runs:
+        raise SystemExit(1)
     figure, axis = plt.subplots(figsize=(9, 4.6))
     draw_values(axis, runs)
     save(figure, out_dir / "values.png")
@@ -773,7 +796,12 @@ def main(args: Args) -> None:
     for method, of_method in runs.items():
         table = np.array([[run[metric] for metric in METRICS] for run in of_method.values()])
         print(summary_row(METHODS[method], table), end="")
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)

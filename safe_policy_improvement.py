@@ -681,7 +681,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 def check(args: Args) -> None:
     """Exit with status 2 and one line that names the first flag out of range, what was given and what is allowed."""
-    sizes = {name: "1 or more" for name in ("n_mdps", "n_iterations", "n_rollouts", "n_learned", "n_episodes")}
+    sizes = ("n_mdps", "n_iterations", "n_rollouts", "n_learned", "n_episodes")
     rules = {
         "section": (args.section in ("all", *SECTIONS), ", ".join(("all", *SECTIONS))),
         "out_dir": (not Path(args.out_dir).is_file(), "a folder, new or old"),
@@ -690,7 +690,7 @@ def check(args: Args) -> None:
         "n_states": (2 <= args.n_states <= 500, "2 to 500"),
         "n_actions": (2 <= args.n_actions <= 50, "2 to 50"),
         "termination": (0.01 <= args.termination <= 0.6, "0.01 to 0.6"),
-        **{name: (getattr(args, name) >= 1, allowed) for name, allowed in sizes.items()},
+        **{name: (1 <= getattr(args, name) <= 10**8, "1 to 100,000,000") for name in sizes},
         "Cs": (args.Cs and all(1 < C < 2 for C in args.Cs), "one or more numbers above 1 and below 2"),
         "C": (1 < args.C < 2, "above 1 and below 2"),
         "epsilons": (
@@ -715,7 +715,11 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
     check(args)
     out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out-dir: got {args.out_dir}, allowed: a folder that can be made ({error.strerror})", file=sys.stderr)
+        sys.exit(2)
     rows = []
     for name, run in SECTIONS.items():
         if args.section in ("all", name):

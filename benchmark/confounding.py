@@ -6,9 +6,9 @@ Deep SPI − additive and Deep SPI − PPO, each with Student's 95 % interval of
 interval is exploratory: there are hundreds, of which some miss by chance. A run that stays where it began does not fall
 either: the final V stands beside every fall.
 
-340 runs of 40 to 60 s: two to three hours on two cores. Runs that benchmark/results/confounding has with the present
-settings are skipped, so that the study can be stopped and continued. `--summary` makes no runs, only the table and
-pictures of those that exist.
+370 runs of 20 to 60 s: one to three hours on two cores. Runs that benchmark/results/confounding has with the present
+settings are skipped, so that the study can be stopped and continued; the summary says of which commits they are. A run
+that fails is named there, too. `--summary` makes no runs, only the table and pictures of those that exist.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 
 import confounding_gridworld as cg
+from benchmark.collect import markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "confounding"
@@ -41,7 +43,8 @@ SEEDS = range(1, 11)
 # quick trials of it at the two smaller ones had shown no effect. A pilot of the centre (seeds 101 to 103, which the
 # study does not use) had 60,000 steps, in which Deep SPI and additive hardly left π_b, so that the study has 120,000.
 # α_P weighs a sum over D dimensions: 1.568/D is per dimension what was published for 3136. PPO has no use for
-# coefficients, so that its runs at the centre serve for three settings: 10 x 30 + 2 x 20 = 340 runs.
+# coefficients, so that its runs at the centre serve for three settings: 11 x 30 + 2 x 20 = 370 runs. The last setting,
+# in which nothing makes φ merge states, was added when 100 runs of the others had been seen.
 CENTRE = {
     "start": "confounded",
     "n_path": 5,
@@ -67,6 +70,7 @@ GRID = {
     "fresh start": {"start": "fresh"},
     "fresh start, published step": {"start": "fresh"} | PUBLISHED_STEP,
     "fresh start, largest step": {"start": "fresh"} | LARGEST_STEP,
+    "fresh start, D = 512": {"start": "fresh", "latent_dim": 512, "transition_loss_coef": 1.568 / 512},
 }
 PRIMARY = "largest_drawdown"  # at the centre
 
@@ -75,6 +79,7 @@ SETTINGS = [field.name for field in fields(cg.Args) if field.name not in ("num_s
 NUMBERS = ["start_value", *cg.METRICS, "seconds"]
 RUN_COLUMNS = [*SETTINGS, *NUMBERS, "versions", "git_commit"]
 CURVE_COLUMNS = [*SETTINGS, "steps", "V_start"]
+FAILURE_COLUMNS = [*SETTINGS, "why", "git_commit"]
 Runs = dict[str, dict[int, dict]]  # runs[method][seed], as in `cg.draw_values`
 
 
@@ -129,9 +134,14 @@ def append_row(path: Path, columns: list[str], row: dict) -> None:
         writer.writerow(row)
 
 
+def settings_of(args: cg.Args) -> dict:
+    """The settings that tell a run from others, as a table has them."""
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
 def save_run(args: cg.Args, metrics: dict[str, float], V: np.ndarray, versions: dict[str, str]) -> None:
     """Append a finished run to the tables; its curve first, so that an interrupted run is not taken for finished."""
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = settings_of(args)
     V_start = V[:, cg.make_gridworld(args.n_path, args.epsilon, args.gamma).start]
     kept = np.linspace(0, len(V) - 1, min(len(V), 100)).round().astype(int)
     steps = " ".join(str(n * args.num_envs * args.num_steps) for n in kept)
@@ -178,7 +188,7 @@ def read_runs() -> dict[tuple[str, ...], dict]:
 # ==== Runs ====
 
 
-def train_or_fail(args: cg.Args) -> tuple[dict[str, float], np.ndarray] | cg.RunFailed:
+def train_or_fail(args: cg.Args) -> tuple[dict[str, float], cg.History] | cg.RunFailed:
     """What `train` gives, or why it gave nothing: one run that fails does not end the others."""
     try:
         return cg.train(args)
@@ -213,9 +223,11 @@ def make_runs(workers: int) -> int:
         if isinstance(result, cg.RunFailed):
             failed += 1
             print(f"error: {name}: {result}", file=sys.stderr, flush=True)
+            row = settings_of(args) | {"why": str(result), "git_commit": versions["git_commit"]}
+            append_row(RESULTS / "failures.csv", FAILURE_COLUMNS, row)
         else:
-            metrics, V = result
-            save_run(args, metrics, V, versions)
+            metrics, history = result
+            save_run(args, metrics, history.V, versions)
             numbers = f"largest drawdown {metrics['largest_drawdown']:.2f}, final V {metrics['final_value']:.2f}"
             print(f"[{number}/{len(missing)}] {name}: {numbers}, {metrics['seconds']:.0f} s", flush=True)
     return failed
@@ -243,6 +255,18 @@ def differences(runs: Runs, other: str, metrics: list[str]) -> np.ndarray:
     return np.array(pairs).reshape(-1, len(metrics))
 
 
+def failures() -> list[str]:
+    """A line for every run of the study that failed and has not been made since."""
+    failed, finished, planned = read_table(RESULTS / "failures.csv", FAILURE_COLUMNS), read_runs(), plan()
+    return [f"{planned[k][0]}: {row['why']}" for k, row in failed.items() if k in planned and k not in finished]
+
+
+def origin(done: list[dict]) -> str:
+    """How many runs, of which commits."""
+    commits = Counter(run["git_commit"] for run in done)
+    return ", ".join(f"{number} runs of commit {commit or 'unknown'}" for commit, number in commits.items())
+
+
 def summary(groups: dict[str, Runs]) -> str:
     """Markdown: the primary outcome, then mean and interval of every metric and paired difference in every setting."""
     lines = [f"Primary outcome: {cg.METRICS[PRIMARY]} of V(start) at the centre, paired by seed, mean [95 % interval]."]
@@ -261,6 +285,35 @@ def summary(groups: dict[str, Runs]) -> str:
         rows = [cg.summary_row(name, table).strip() for name, table in tables.items() if len(table)]
         lines += [f"| {setting} {row}" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def drawdown_table(groups: dict[str, Runs]) -> str:
+    """README's table, Markdown: largest drawdown with its interval and final V, by setting; paired differences."""
+    header = ["setting", "seeds", *(cg.METHODS[m] for m in cg.METHODS), "Deep SPI − additive", "Deep SPI − PPO"]
+    rows = []
+    for setting, runs in groups.items():
+        falls = [
+            f"{cell(np.array([run[PRIMARY] for run in runs[m].values()]))}; V {final_value(runs[m]):.2f}"
+            if m in runs
+            else "no run yet"
+            for m in cg.METHODS
+        ]
+        paired = [differences(runs, other, [PRIMARY])[:, 0] for other in ("additive", "ppo")]
+        seeds = str(min(len(runs.get(m, {})) for m in cg.METHODS))
+        compared = [f"{cell(x)}, less in {(x < 0).sum()} of {len(x)}" if len(x) else "" for x in paired]
+        rows.append([setting, seeds, *falls, *compared])
+    return markdown(header, rows)
+
+
+def final_value(runs: dict[int, dict]) -> float:
+    """Mean final V(start) of one method's runs."""
+    return float(np.mean([run["final_value"] for run in runs.values()]))
+
+
+def cell(x: np.ndarray) -> str:
+    """Mean of x (runs,) with its 95 % interval."""
+    low, high = cg.mean_interval(x)
+    return f"{x.mean():.2f}" + (f" [{low:.2f}, {high:.2f}]" if len(x) > 1 else "")
 
 
 def draw_values(groups: dict[str, Runs], path: Path) -> None:
@@ -296,25 +349,31 @@ def draw_falls(groups: dict[str, Runs], path: Path) -> None:
     cg.save(figure, path)
 
 
+def draw_pictures(groups: dict[str, Runs]) -> None:
+    """The map, the values and the falls, into the folder of the results."""
+    cg.draw_gridworld(cg.make_gridworld(CENTRE["n_path"], CENTRE["epsilon"], cg.Args.gamma), RESULTS / "gridworld.png")
+    draw_values(groups, RESULTS / "values.png")
+    draw_falls(groups, RESULTS / "falls.png")
+
+
 def summarize() -> None:
     """Pictures and table of all finished runs."""
     finished = read_runs()
     groups = by_setting(finished)
     if not groups:
         refuse(f"{RESULTS / 'runs.csv'} must have at least one run of the study")
-    cg.draw_gridworld(cg.make_gridworld(CENTRE["n_path"], CENTRE["epsilon"], cg.Args.gamma), RESULTS / "gridworld.png")
-    draw_values(groups, RESULTS / "values.png")
-    draw_falls(groups, RESULTS / "falls.png")
-    text = summary(groups)
-    (RESULTS / "summary.md").write_text(text)
+    draw_pictures(groups)
     done = [finished[key] for key in plan() if key in finished]
+    text = summary(groups) + f"\n{origin(done)}. Failed runs: {'; '.join(failures()) or 'none'}.\n"
+    (RESULTS / "summary.md").write_text(text)
     hours = sum(run["seconds"] for run in done) / 3600
     print(f"\n{text}\n{len(done)} of {len(plan())} runs; they took {hours:.1f} hours in all")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The runs that are missing, then the summary."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.confounding", description=__doc__.splitlines()[0])
+    whole = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmark.confounding", description=__doc__, formatter_class=whole)
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--workers", type=int, help="runs side by side, one thread each (default: one per core)")
     either.add_argument("--summary", action="store_true", help="no runs: table and pictures of those that exist")

@@ -212,8 +212,8 @@ def test_without_coefficients_every_method_is_ppo():
     values = {}
     for method, coefficient in itertools.product(("additive", "deep_spi"), (0.0, 1e-30, 0.05)):
         args = replace(TINY, method=method, reward_loss_coef=coefficient, transition_loss_coef=coefficient)
-        values[method, coefficient] = cg.train(replace(args, max_grad_norm=1e9))[1]
-    ppo = cg.train(replace(TINY, method="ppo", max_grad_norm=1e9))[1]
+        values[method, coefficient] = cg.train(replace(args, max_grad_norm=1e9))[1].V
+    ppo = cg.train(replace(TINY, method="ppo", max_grad_norm=1e9))[1].V
     for (_, coefficient), V in values.items():
         assert np.array_equal(V, ppo) == (coefficient < 0.05)
     assert not np.array_equal(values["additive", 0.05], values["deep_spi", 0.05])
@@ -247,7 +247,7 @@ def test_what_is_learned_from_is_the_reward_over_n(world, monkeypatch):
     """RIGHT to the end brings 1 to the agent, and the exact values stay in the world's own units."""
     seen, compute_gae = [], cg.compute_gae
     monkeypatch.setattr(cg, "compute_gae", lambda rewards, *rest: seen.append(rewards) or compute_gae(rewards, *rest))
-    _, V = cg.train(replace(TINY, total_timesteps=2048, num_envs=128, num_steps=16))
+    V = cg.train(replace(TINY, total_timesteps=2048, num_envs=128, num_steps=16))[1].V
     seen = torch.stack(seen).flatten().double()
     assert set((seen * 5).round(decimals=4).tolist()) <= set(np.r_[world.R].round(4).flatten())
     assert (seen * 5).isclose(torch.ones(1).double()).sum() > 100
@@ -326,13 +326,16 @@ def test_command_line_with_each_method(tmp_path):
 
 
 def test_the_summary_has_every_metric_of_a_run(tmp_path, monkeypatch, capsys):
-    metrics, V = cg.train(TINY)
-    V_start = V[:, cg.make_gridworld(5, 0.2, 0.99).start]
-    assert metrics["total_decrease"] == cg.total_decrease(V_start) and len(V) == 3
+    metrics, history = cg.train(TINY)
+    V_start = history.V[:, cg.make_gridworld(5, 0.2, 0.99).start]
+    assert metrics["total_decrease"] == cg.total_decrease(V_start) and len(history.V) == 3
+    assert (metrics["distance_start"], metrics["distance_end"]) == (history.distance[0], history.distance[-1])
+    assert len(history.pi) == len(history.distance) == 3 and len(history.penalty) == 2
+    np.testing.assert_allclose(history.pi.sum(-1), 1, atol=1e-6)
     assert metrics["start_value"] == V_start[0] and metrics["final_value"] == V_start[-1]
     assert 0 <= metrics["outside_neighbourhood"] <= 1 and metrics["seconds"] > 0
     assert cg.METRICS.keys() == metrics.keys() - {"start_value", "seconds"}
-    monkeypatch.setattr(cg, "train", lambda args: (metrics, V))
+    monkeypatch.setattr(cg, "train", lambda args: (metrics, history))
     cg.main(replace(TINY, method="ppo", num_seeds=1, out_dir=str(tmp_path)))
     numbers = " | ".join(f"{metrics[name]:.2f}" for name in cg.METRICS)
     assert f"| PPO | 1 | {numbers} |" in capsys.readouterr().out
@@ -341,11 +344,30 @@ def test_the_summary_has_every_metric_of_a_run(tmp_path, monkeypatch, capsys):
 def test_a_failed_run_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cg, "FIT_STEPS", 1)
     with pytest.raises(SystemExit) as stopped:
-        cg.main(replace(TINY, start="confounded", seed=12, out_dir=str(tmp_path)))
+        cg.main(replace(TINY, start="confounded", seed=12, num_seeds=1, out_dir=str(tmp_path)))
     assert stopped.value.code == 1
     captured = capsys.readouterr()
-    assert len(captured.err.strip().splitlines()) == 1 and "PPO, seed 12" in captured.err
-    assert "did not fit" in captured.err and captured.out == "" and not os.listdir(tmp_path)
+    errors = captured.err.strip().splitlines()
+    assert len(errors) == len(cg.METHODS) and "PPO, seed 12" in errors[0] and "did not fit" in errors[0]
+    assert captured.out == "" and not os.listdir(tmp_path)
+
+
+def test_a_failed_run_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+    train = cg.train
+
+    def train_but_additive(args):
+        if args.method == "additive":
+            raise cg.RunFailed("not finite: losses/value_loss")
+        return train(args)
+
+    monkeypatch.setattr(cg, "train", train_but_additive)
+    with pytest.raises(SystemExit) as stopped:
+        cg.main(replace(TINY, method="all", num_seeds=1, out_dir=str(tmp_path)))
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.err.strip() == "error: additive, seed 1: not finite: losses/value_loss"
+    assert "| PPO | 1 |" in captured.out and "| Deep SPI | 1 |" in captured.out
+    assert sorted(os.listdir(tmp_path)) == ["gridworld.png", "values.png"]
 
 
 BAD = {  # flags, what the one line must contain
@@ -353,6 +375,9 @@ BAD = {  # flags, what the one line must contain
     "no room for F": ("--n-path 1", ["--n-path", "1", "'@'"]),
     "epsilon 0": ("--epsilon 0", ["--epsilon", "0.0", "(0, 1)"]),
     "epsilon 1": ("--epsilon 1", ["--epsilon", "1.0", "(0, 1)"]),
+    "epsilon too small": ("--epsilon 1e-320", ["--epsilon", "1e-320", "too small"]),
+    "gamma too small": ("--gamma 1e-4 --n-path 81", ["--gamma", "0.0001", "too small"]),
+    "seeds too large": ("--seed 4294967295 --num-seeds 2", ["--seed", "4294967295", "num_seeds"]),
     "no neighbourhood": ("--clip-coef 1", ["--clip-coef", "1.0", "1 < C < 2"]),
     "no latent": ("--latent-dim 0", ["--latent-dim", "0", "[1, 512]"]),
     "never UP": ("--start-up 0", ["--start-up", "0.0", "(0, 0.5]"]),

@@ -37,7 +37,7 @@ def made(folder, monkeypatch):
         V = np.outer(np.arange(iterations + 1.0), np.ones(2 * args.n_path + 6)) + args.seed
         V[2] -= {"ppo": 3.0, "additive": 2.5, "deep_spi": 1.5}[args.method]
         metrics = dict.fromkeys(confounding.NUMBERS, 0.25) | {"largest_drawdown": cg.largest_drawdown(V[:, 0])}
-        return metrics, V
+        return metrics, cg.History(V, None, None, None)
 
     monkeypatch.setattr(cg, "train", train)
     for module, name in ((cg, "draw_gridworld"), (confounding, "draw_values"), (confounding, "draw_falls")):
@@ -53,9 +53,9 @@ def small_grid(monkeypatch, names, seeds):
 # ==== The plan ====
 def test_the_grid_is_the_study_of_the_issue():
     runs = [args for _, args in confounding.plan().values()]
-    assert len(runs) == 10 * 30 + 2 * 20
+    assert len(runs) == 11 * 30 + 2 * 20
     assert {(run.learning_rate, run.clip_coef) for run in runs} == {(2.5e-4, 0.1), (1e-3, 0.2), (2.5e-3, 0.4)}
-    assert {run.latent_dim for run in runs} == {1, 2, 4, 8}
+    assert {run.latent_dim for run in runs} == {1, 2, 4, 8, 512}
     assert {(run.n_path, run.epsilon) for run in runs} == {(5, 0.2), (10, 0.1)}
     assert {run.start for run in runs} == {"fresh", "confounded"}
     deep_spi = {(run.reward_loss_coef, run.transition_loss_coef) for run in runs if run.method == "deep_spi"}
@@ -140,6 +140,7 @@ def test_differences_are_paired_by_seed():
 
 def test_a_failed_run_is_said_and_not_averaged(made, folder, monkeypatch, capsys):
     small_grid(monkeypatch, ("centre",), range(12, 14))
+    train = cg.train
     with pytest.raises(SystemExit) as stopped:
         confounding.main(["--workers", "1"])
     assert stopped.value.code == 1
@@ -147,6 +148,11 @@ def test_a_failed_run_is_said_and_not_averaged(made, folder, monkeypatch, capsys
     assert "seed 13" in captured.err and "losses/value_loss" in captured.err and "3 runs failed" in captured.err
     assert [run["seed"] for run in rows_of(folder / "runs.csv")] == ["12"] * 3
     assert "| centre | PPO | 1 |" in captured.out
+    failed = (folder / "summary.md").read_text().splitlines()[-1].partition("Failed runs: ")[2].split("; ")
+    assert len(failed) == 3 and failed[0] == "centre, PPO, seed 13: stopped at step 32: not finite: losses/value_loss"
+    monkeypatch.setattr(cg, "train", lambda args: train(replace(args, seed=12)))  # the cause is gone
+    confounding.main(["--workers", "1"])
+    assert "Failed runs: none" in (folder / "summary.md").read_text()
 
 
 def test_a_real_run_in_processes_of_its_own(folder, monkeypatch, capsys):
@@ -216,7 +222,7 @@ def test_the_lines_that_are_made_bad_are_good_without_it(folder, made, capsys):
     (folder / "runs.csv").write_text(line_of(RUNS))
     (folder / "curves.csv").write_text(line_of(CURVES))
     confounding.main(["--summary"])
-    assert "1 of 340 runs" in capsys.readouterr().out
+    assert "1 of 370 runs" in capsys.readouterr().out
 
 
 def test_summary_takes_no_workers(folder, made, capsys):

@@ -298,7 +298,8 @@ def run_script(*flags: str) -> subprocess.CompletedProcess:
         (["--bound-C", "0"], "0.0", "above 1"),
         (["--epsilon", "1"], "1.0", "below 1"),
         (["--epsilons", "0.1", "0"], "(0.1, 0.0)", "above 0"),
-        (["--n-mdps", "0"], "0", "1 or more"),
+        (["--n-mdps", "0"], "0", "1 to 100,000,000"),
+        (["--n-episodes", "10000000000000000000"], "10000000000000000000", "1 to 100,000,000"),
         (["--n-states", "1"], "1", "2 to"),
         (["--n-latents", "40", "41"], "(40, 41)", "--n-states"),
         (["--termination", "nan"], "nan", "0.01"),
@@ -319,6 +320,8 @@ def test_out_dir_that_is_a_file_gets_one_clear_line(tmp_path):
     done = run_script("--out-dir", str(file))
     assert done.returncode == 2
     assert (done.stdout + done.stderr).splitlines() == [f"--out-dir: got {file}, allowed: a folder, new or old"]
+    done = run_script("--out-dir", f"{file}/below")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "can be made" in done.stderr
     assert file.read_text() == "kept"
 
 
