@@ -64,7 +64,7 @@ class Args:
     """seed of the environments, the networks and every random draw"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if present"""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """arithmetic of the networks; auto takes bf16 where the hardware has it (CUDA, AMX, AVX512-BF16); losses: fp32"""
     compile: bool = False
     """compile the networks with torch.compile: for CUDA; on a CPU it takes a C++ compiler and gains next to nothing"""

@@ -15,7 +15,7 @@ far those losses may move φ. That is the whole method:
 
 Diff me against `ppo_baseline.py` (the same agent without the world model): the diff is the algorithm. With both
 coefficients 0 this script is that baseline, to the last bit on a CPU in float32. `deep_spi_ppo.py` is for vectors.
-Cost: 572 steps a second on 2 CPU cores with bf16 units and `--precision auto`: 10 M steps in 5 hours; see README.md.
+Cost: 572 steps a second on 2 CPU cores with bf16 units: 10 M steps in 5 hours; see README.md.
 """
 # ==== 1. Imports ======================================================================================================
 
@@ -64,7 +64,7 @@ class Args:
     """seed of the environments, the networks and every random draw"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if present"""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """arithmetic of the networks; auto takes bf16 where the hardware has it (CUDA, AMX, AVX512-BF16); losses: fp32"""
     compile: bool = False
     """compile the networks with torch.compile: for CUDA; on a CPU it takes a C++ compiler and gains next to nothing"""

@@ -15,7 +15,7 @@ clip bounds how far they move φ and so the policy.
 Its own published settings: 64 x 16, coefficients 1 and 1, deterministic P̄, plain networks kept smooth by a gradient
 penalty. Diff me against `deep_spi_ppo_atari.py`: the diff is that between the methods. To move the same world model out
 of the clip and change nothing else, see that script's `--loss-placement additive`.
-Cost: 621 steps a second on 2 CPU cores with bf16 units and `--precision auto`: 10 M steps in 4.5 hours; see README.md.
+Cost: 621 steps a second on 2 CPU cores with bf16 units: 10 M steps in 4.5 hours; see README.md.
 """
 # ==== 1. Imports ======================================================================================================
 
@@ -64,7 +64,7 @@ class Args:
     """seed of the environments, the networks and every random draw"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if present"""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """arithmetic of the networks; auto takes bf16 where the hardware has it (CUDA, AMX, AVX512-BF16); losses: fp32"""
     compile: bool = False
     """compile the networks with torch.compile: for CUDA; on a CPU it takes a C++ compiler and gains next to nothing"""

@@ -13,7 +13,7 @@ that the world model is all that the two scripts' runs differ by.
 
 Diff me against `deep_spi_ppo_atari.py`: the diff is Deep SPI. With that script's two coefficients at 0, the weights
 after training are the same, to the last bit on a CPU in float32.
-Cost: 1444 steps a second on 2 CPU cores with bf16 units and `--precision auto`: 10 M steps in 2 hours; see README.md.
+Cost: 1444 steps a second on 2 CPU cores with bf16 units: 10 M steps in 2 hours; see README.md.
 """
 # ==== 1. Imports ======================================================================================================
 
@@ -62,7 +62,7 @@ class Args:
     """seed of the environments, the networks and every random draw"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if present"""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """arithmetic of the networks; auto takes bf16 where the hardware has it (CUDA, AMX, AVX512-BF16); losses: fp32"""
     compile: bool = False
     """compile the networks with torch.compile: for CUDA; on a CPU it takes a C++ compiler and gains next to nothing"""

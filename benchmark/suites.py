@@ -123,8 +123,8 @@ SUITES = {
 
 # ---- Cost
 
-# Agent steps per second and the threads that took part, measured with default settings in float32 on a 2.5 GHz Xeon
-# (README.md). Deep SPI's is that with 18 actions, its slowest: with 6 it is 129.
+# Agent steps per second and the threads that took part, measured with default settings on a 2.5 GHz Xeon that has no
+# bf16 units, so in float32 (README.md). Deep SPI's is that with 18 actions, its slowest: with 6 it is 129.
 MEASURED_SPS = {
     "deep_spi_ppo.py": (3800, 1),
     "ppo_baseline.py": (334, 2),

@@ -47,7 +47,8 @@ def small_args(script, folder: Path, name: str = "run", iterations: int = 6, **s
     if script is deep_spi_ppo:
         sizes = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "sticky": 0.3}
     steps = iterations * sizes["num_envs"] * sizes["num_steps"]
-    args = script.Args(runs_dir=str(folder), run_name=name, total_timesteps=steps, seed=3, device="cpu", **sizes)
+    sizes |= {"total_timesteps": steps, "device": "cpu", "precision": "fp32"}
+    args = script.Args(runs_dir=str(folder), run_name=name, seed=3, **sizes)
     return replace(args, **settings)
 
 

@@ -31,7 +31,7 @@ ARGS_ALLOWED = {  # fields whose default or help differs from `deep_spi_ppo_atar
     "deepmdp_ppo_atari.py": {"num_envs", "num_steps", "reward_loss_coef", "transition_loss_coef"},
     "deep_spi_ppo.py": {
         *("env_id", "total_timesteps", "num_envs", "num_steps"),
-        *("learning_rate", "gamma", "num_minibatches", "clip_coef"),
+        *("precision", "learning_rate", "gamma", "num_minibatches", "clip_coef"),
     },
 }
 

@@ -154,7 +154,7 @@ def test_atari_episodes_are_whole_games_with_unclipped_returns(monkeypatch, tmp_
     N, T, iterations = 4, 100, 12
     args = ppo_baseline.Args(
         env_id="SpaceInvaders-v5", num_envs=N, num_steps=T, total_timesteps=N * T * iterations, chunk_length=100,
-        num_minibatches=1, update_epochs=1, seed=5,
+        num_minibatches=1, update_epochs=1, seed=5, precision="fp32",
     )  # fmt: skip
     envs, losses, gaes = record(ppo_baseline, monkeypatch, tmp_path, args)
     _, _, rewards, terminated, truncated, dummy = envs.history()
@@ -178,7 +178,9 @@ def test_atari_episodes_are_whole_games_with_unclipped_returns(monkeypatch, tmp_
 
 def test_frames_reach_the_encoder_as_they_were_seen(monkeypatch, tmp_path):
     """The update encodes the rollout's frames: (N, 4, 84, 84) from the games, channels last for it."""
-    args = ppo_baseline.Args(num_envs=4, num_steps=8, total_timesteps=64, num_minibatches=2, update_epochs=1, seed=3)
+    args = ppo_baseline.Args(
+        num_envs=4, num_steps=8, total_timesteps=64, num_minibatches=2, update_epochs=1, seed=3, precision="fp32"
+    )
     encode, updates = ppo_baseline.Agent.encode, []
 
     def recorded(agent, obs):
