@@ -55,7 +55,7 @@ def test_the_grid_is_the_study_of_the_issue():
     runs = [args for _, args in confounding.plan().values()]
     assert len(runs) == 11 * 30 + 2 * 20
     assert {(run.learning_rate, run.clip_coef) for run in runs} == {(2.5e-4, 0.1), (1e-3, 0.2), (2.5e-3, 0.4)}
-    assert {run.latent_dim for run in runs} == {1, 2, 4, 8, 512}
+    assert {run.latent_dim for run in runs} == {1, 2, 4, 8, 64}
     assert {(run.n_path, run.epsilon) for run in runs} == {(5, 0.2), (10, 0.1)}
     assert {run.start for run in runs} == {"fresh", "confounded"}
     deep_spi = {(run.reward_loss_coef, run.transition_loss_coef) for run in runs if run.method == "deep_spi"}
