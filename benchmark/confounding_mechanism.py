@@ -8,6 +8,8 @@ UP at the two '!', how far apart φ puts them, and V in every state. Per run:
                         bottom '!' as it was: what the praise of UP at the top did to the bottom
     while merged        share of the total decrease by updates of a φ that puts the two '!' closer than half the mean
                         distance of two states
+    drawn together      share of the total decrease by updates that bring the two '!' closer, beside the share of such
+                        updates among all
     worst state         total decrease of the state that an update hurts most, Σ_n max_s max(0, V_n(s) - V_{n+1}(s))
     penalty             mean of α_R ℓ_R + α_P ℓ_P, where the advantages have standard deviation 1
 
@@ -31,6 +33,8 @@ MEASURES = {
     "decrease": "total decrease of V(start)",
     "at_bottom": "at the bottom '!'",
     "while_merged": "while merged",
+    "drawn_together": "drawn together",
+    "updates_together": "updates that draw together",
     "worst_state": "worst state",
     "penalty": "penalty",
 }
@@ -50,12 +54,14 @@ def measures(history: cg.History, world: cg.Gridworld, gamma: float) -> dict[str
     bottom_as_it_was = pi[1:].copy()
     bottom_as_it_was[:, top_bottom[1]] = pi[:-1, top_bottom[1]]
     V_frozen = cg.value(world.P, world.R, bottom_as_it_was, gamma)[:, world.start]
-    V_start, merged = V[:, world.start], history.distance[:-1] < MERGED
+    V_start, merged, together = V[:, world.start], history.distance[:-1] < MERGED, np.diff(history.distance) < 0
     decrease = total_falls(V_start[:-1], V_start[1:])
     with np.errstate(invalid="ignore"):
         shares = {
             "at_bottom": 1 - total_falls(V_start[:-1], V_frozen) / decrease,
             "while_merged": total_falls(V_start[:-1][merged], V_start[1:][merged]) / decrease,
+            "drawn_together": total_falls(V_start[:-1][together], V_start[1:][together]) / decrease,
+            "updates_together": together.mean(),
         }
     worst_state = np.maximum(0, V[:-1] - V[1:]).max(-1).sum()
     return {"decrease": decrease} | shares | {"worst_state": worst_state, "penalty": history.penalty.mean()}
@@ -89,11 +95,10 @@ def make_runs(workers: int) -> int:
             {"method": args.method, "seed": args.seed},
         )
         history = result[1]
-        if args.seed == SHOWN:
-            table = curves(history, world)
-            for i, values in enumerate(zip(*table.values(), strict=True)):
-                row = own | {"iteration": i} | {k: f"{v:.5g}" for k, v in zip(table, values, strict=True)}
-                confounding.append_row(folder / "mechanism_curves.csv", list(row), row)
+        table = curves(history, world)
+        for i, values in enumerate(zip(*table.values(), strict=True)):
+            row = own | {"iteration": i} | {k: f"{v:.5g}" for k, v in zip(table, values, strict=True)}
+            confounding.append_row(folder / "mechanism_curves.csv", list(row), row)
         numbers = {name: f"{value:.6g}" for name, value in measures(history, world, args.gamma).items()}
         confounding.append_row(folder / "mechanism.csv", COLUMNS, own | numbers | versions)
         print(f"{name}: {numbers}", flush=True)
@@ -114,7 +119,7 @@ def table(folder: Path) -> str:
 
 def draw(folder: Path) -> None:
     """The curves of one seed, a column per method, into mechanism.png."""
-    rows = read_table(folder / "mechanism_curves.csv")
+    rows = [row for row in read_table(folder / "mechanism_curves.csv") if row["seed"] == str(SHOWN)]
     figure, axes = plt.subplots(len(CURVES) - 1, len(cg.METHODS), figsize=(14, 8), sharex=True, sharey="row")
     steps = cg.Args.num_envs * cg.Args.num_steps
     for column, (method, name) in zip(axes.T, cg.METHODS.items(), strict=True):

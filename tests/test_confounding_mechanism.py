@@ -16,7 +16,7 @@ def history():
     pi[1, world.critical[1]] = [0.5, 0, 0, 0.5]
     pi[3, world.start] = [0, 0, 0.5, 0.5]
     V = cg.value(world.P, world.R, pi, 0.99)
-    return cg.History(V, pi, np.array([0.1, 0.9, 0.9, 0.9]), np.array([0.1, 0.2, 0.3]))
+    return cg.History(V, pi, np.array([0.1, 0.9, 1.1, 0.8]), np.array([0.1, 0.2, 0.3]))
 
 
 def test_falls_are_put_down_to_their_causes(history):
@@ -28,6 +28,8 @@ def test_falls_are_put_down_to_their_causes(history):
     assert found["decrease"] == pytest.approx(by_bottom + by_waiting)
     assert found["at_bottom"] == pytest.approx(by_bottom / (by_bottom + by_waiting))
     assert found["while_merged"] == pytest.approx(by_bottom / (by_bottom + by_waiting))
+    assert found["drawn_together"] == pytest.approx(by_waiting / (by_bottom + by_waiting))
+    assert found["updates_together"] == pytest.approx(1 / 3)
     at_bottom = history.V[0] - history.V[1]
     assert at_bottom.argmax() == world.critical[1]
     assert found["worst_state"] == pytest.approx(at_bottom.max() + by_waiting)
