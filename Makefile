@@ -19,7 +19,7 @@ test-slow: .venv/.test  ## the longer checks
 control: .venv/.train  ## the three control tasks, 10 seeds each; finished runs are skipped
 	.venv/bin/python -m benchmark.control
 
-figures: .venv/.train  ## README's figures and tables, from the committed results
+figures: .venv/.benchmark  ## README's figures and tables, from the committed results
 	.venv/bin/python -m benchmark.figures
 
 atari-200k: .venv/.train  ## the first 200,000 steps of README's Atari table (hours)
@@ -34,6 +34,7 @@ theory: .venv/.train  ## README's pictures of the theory
 
 confounding: .venv/.train  ## the study of confounding updates (hours); finished runs are skipped
 	.venv/bin/python -m benchmark.confounding
+	.venv/bin/python -m benchmark.confounding_mechanism
 
 throughput: .venv/.benchmark  ## how fast the Atari scripts are; leave the machine alone meanwhile (half an hour and more)
 	.venv/bin/python -m benchmark.throughput

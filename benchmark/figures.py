@@ -10,9 +10,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmark import control, throughput_figures
+from benchmark import confounding, confounding_mechanism, control, differences, throughput_figures
 from benchmark.collect import markdown, mean_interval, read_table
 from benchmark.control import THRESHOLDS
+from benchmark.report_runs import read_results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -100,6 +101,10 @@ TABLES = {
     "atari_200k": atari_table,
     "speed_ratios": lambda: throughput_figures.ratio_table(RESULTS),
     "speed": lambda: throughput_figures.speed_table(RESULTS),
+    "confounding": lambda: confounding.drawdown_table(confounding.by_setting(confounding.read_runs())),
+    "mechanism": lambda: confounding_mechanism.table(confounding.RESULTS),
+    "early_scores": lambda: differences.score_table(read_results(RESULTS / "suites" / "early").runs),
+    "early_differences": lambda: differences.difference_table(read_results(RESULTS / "suites" / "early").runs),
 }
 
 
@@ -118,4 +123,6 @@ if __name__ == "__main__":
     readme_path.write_text(with_tables(readme_path.read_text()))
     control_figure()
     throughput_figures.throughput_figure(RESULTS)
-    print("README.md, control.png and throughput.png in benchmark/results are up to date with the CSV files there")
+    confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
+    confounding_mechanism.draw(confounding.RESULTS)
+    print("README.md and the pictures in benchmark/results are up to date with the CSV files there")
