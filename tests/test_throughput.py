@@ -18,7 +18,7 @@ from benchmark import plain, throughput, throughput_figures
 @pytest.mark.parametrize("script", [ppo_baseline, deep_spi_ppo_atari])
 def test_plain_form_trains_to_the_same_weights(script, monkeypatch, tmp_path):
     """One iteration, 16 updates, on Pong. Rounding differs, and Adam takes full steps where a gradient is rounding."""
-    small = "--num-envs 4 --num-steps 8 --total-timesteps 32 --chunk-length 1 --device cpu --seed 3"
+    small = "--num-envs 4 --num-steps 8 --total-timesteps 32 --chunk-length 1 --device cpu --seed 3 --precision fp32"
 
     def weights(name):
         flags = [*small.split(), "--runs-dir", str(tmp_path), "--run-name", name]
