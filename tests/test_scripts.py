@@ -21,7 +21,7 @@ from tests.launch import ROOT, launch_all
 SCRIPTS = {script.__name__: script for script in (deep_spi_ppo, deep_spi_ppo_atari, deepmdp_ppo_atari, ppo_baseline)}
 ATARI, BASELINE, DEEPMDP, VECTOR = "deep_spi_ppo_atari", "ppo_baseline", "deepmdp_ppo_atari", "deep_spi_ppo"
 SMALL = {  # 4 iterations of 16 updates, or 32 for vectors
-    **dict.fromkeys((ATARI, BASELINE, DEEPMDP), "--num-envs 4 --num-steps 8 --total-timesteps 128 --precision fp32"),
+    **dict.fromkeys((ATARI, BASELINE, DEEPMDP), "--precision fp32 --num-envs 4 --num-steps 8 --total-timesteps 128"),
     VECTOR: "--num-envs 8 --num-steps 32 --total-timesteps 1024",
 }
 ZERO = "--reward-loss-coef 0 --transition-loss-coef 0"
