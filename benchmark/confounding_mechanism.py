@@ -50,9 +50,9 @@ def total_falls(before: np.ndarray, after: np.ndarray) -> float:
 
 def measures(history: cg.History, world: cg.Gridworld, gamma: float) -> dict[str, float]:
     """The measures of a run; shares are nan where V never fell."""
-    V, pi, top_bottom = history.V, history.pi, world.critical
+    V, pi, (_, bottom) = history.V, history.pi, world.critical
     bottom_as_it_was = pi[1:].copy()
-    bottom_as_it_was[:, top_bottom[1]] = pi[:-1, top_bottom[1]]
+    bottom_as_it_was[:, bottom] = pi[:-1, bottom]
     V_frozen = cg.value(world.P, world.R, bottom_as_it_was, gamma)[:, world.start]
     V_start, merged, together = V[:, world.start], history.distance[:-1] < MERGED, np.diff(history.distance) < 0
     decrease = total_falls(V_start[:-1], V_start[1:])
@@ -95,9 +95,9 @@ def make_runs(workers: int) -> int:
             {"method": args.method, "seed": args.seed},
         )
         history = result[1]
-        table = curves(history, world)
-        for i, values in enumerate(zip(*table.values(), strict=True)):
-            row = own | {"iteration": i} | {k: f"{v:.5g}" for k, v in zip(table, values, strict=True)}
+        found = curves(history, world)
+        for i, values in enumerate(zip(*found.values(), strict=True)):
+            row = own | {"iteration": i} | {k: f"{v:.5g}" for k, v in zip(found, values, strict=True)}
             confounding.append_row(folder / "mechanism_curves.csv", list(row), row)
         numbers = {name: f"{value:.6g}" for name, value in measures(history, world, args.gamma).items()}
         confounding.append_row(folder / "mechanism.csv", COLUMNS, own | numbers | versions)
