@@ -1,6 +1,7 @@
-"""README's tables and pictures from the committed results: python -m benchmark.figures
+"""The documents' tables and pictures from the committed results: python -m benchmark.figures
 
-Each table stands in README.md between `<!-- table: NAME -->` and `<!-- end -->`, and is written anew there.
+Each table stands in README.md, or in benchmark/README.md, between `<!-- table: NAME -->` and `<!-- end -->`, and is
+written anew there.
 """
 
 import re
@@ -14,12 +15,14 @@ from benchmark import confounding, confounding_mechanism, control, differences, 
 from benchmark.collect import markdown, mean_interval, read_table
 from benchmark.control import THRESHOLDS
 from benchmark.report_runs import read_results
+from benchmark.suites import MEASURED_SPS, SUITES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmark" / "README.md")
 
 
 def control_table() -> str:
@@ -73,6 +76,18 @@ def atari_table() -> str:
     return markdown(["game", "script", "steps", "SPS", "return, last 100 episodes", *columns], rows)
 
 
+def cost_table() -> str:
+    """Per suite: runs, steps, and core-hours if every script ran as fast as it was measured with default settings."""
+    rows = []
+    for name, suite in SUITES.items():
+        runs = len(suite.algorithms) * len(suite.tasks) * suite.seeds
+        steps = suite.seeds * sum(task.total_timesteps for task in suite.tasks)  # of one algorithm
+        speeds = [MEASURED_SPS[algorithm.script] for algorithm in suite.algorithms.values()]
+        hours = sum(steps / sps * threads for sps, threads in speeds) / 3600
+        rows.append([f"`{name}`", f"{runs:,}", f"{len(speeds) * steps / 1e6:,.1f} M", f"{hours:,.1f}"])
+    return markdown(["suite", "runs", "agent steps in all", "core-hours"], rows)
+
+
 def control_figure() -> None:
     """Mean return over steps of the three control tasks, with the interval over seeds, and every seed."""
     curves = defaultdict(lambda: defaultdict(dict))  # task → seed → step → return
@@ -104,25 +119,26 @@ TABLES = {
     "confounding": lambda: confounding.drawdown_table(confounding.by_setting(confounding.read_runs())),
     "mechanism": lambda: confounding_mechanism.table(confounding.RESULTS),
     "early_scores": lambda: differences.score_table(read_results(RESULTS / "suites" / "early").runs),
+    "cost": cost_table,
     "early_differences": lambda: differences.difference_table(read_results(RESULTS / "suites" / "early").runs),
 }
 
 
-def with_tables(readme: str) -> str:
-    """README's text with every table written anew. Raises KeyError for a table that nobody knows."""
+def with_tables(document: str) -> str:
+    """The document's text with every table written anew. Raises KeyError for a table that nobody knows."""
     return re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3],
-        readme,
+        document,
         flags=re.DOTALL,
     )
 
 
 if __name__ == "__main__":
-    readme_path = ROOT / "README.md"
-    readme_path.write_text(with_tables(readme_path.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text()))
     control_figure()
     throughput_figures.throughput_figure(RESULTS)
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
     confounding_mechanism.draw(confounding.RESULTS)
-    print("README.md and the pictures in benchmark/results are up to date with the CSV files there")
+    print("both README.md and the pictures in benchmark/results are up to date with the CSV files there")

@@ -435,7 +435,7 @@ def print_plan(plan: list[Run], settings: dict[str, dict], todo: list[Work], arg
     print(f"{len(plan)} runs, {len(plan) - len(left)} finished, {len(left)} to run")
     print(
         f"estimate: {seconds / 3600:.2f} core-hours, {timedelta(seconds=round(seconds / cores))} (h:mm:ss) on "
-        f"{cores} cores as fast as a 2.5 GHz Xeon's"
+        f"{cores} cores as fast as README's, with bf16 units"
         + (f"; not in it: {unknown} runs of scripts or with settings whose speed was not measured" if unknown else "")
     )
 

@@ -25,7 +25,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from benchmark import run as launcher
-from benchmark.suites import ATARI57_GAMES, SUITES
+from benchmark.suites import ATARI57_GAMES, MEASURED_SPS, SUITES
 
 ROOT = Path(__file__).parent.parent
 STEPS = launcher.steps_of({"total_timesteps": SUITES["smoke"].tasks[0].total_timesteps})
@@ -208,7 +208,9 @@ def test_estimate_is_for_the_cores_that_the_runs_can_use(capsys, monkeypatch, tm
     monkeypatch.setattr(os, "cpu_count", lambda: machine)
     words = ["--suite=smoke", "--seeds=3", f"--results={tmp_path}", "--dry-run"]
     assert launcher.main([*words, *flags]) == 0
-    seconds = round(3 * 40_960 / 3800 / cores)  # of deep_spi's runs: those of ppo and additive are not measured
+    seconds = round(
+        3 * 40_960 / MEASURED_SPS["deep_spi_ppo.py"][0] / cores
+    )  # of deep_spi's runs: those of ppo and additive are not measured
     assert f"core-hours, 0:00:{seconds:02} (h:mm:ss) on {cores} cores" in capsys.readouterr().out
 
 
@@ -218,7 +220,12 @@ def test_speed_is_known_with_default_settings_only():
         return launcher.core_seconds(changed, launcher.settings_of(changed))
 
     run = launcher.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
-    assert cost({}) == cost({"sticky": 0.25}) == cost({"chunk_length": "8"}) == pytest.approx(40_960 / 3800)
+    assert (
+        cost({})
+        == cost({"sticky": 0.25})
+        == cost({"chunk_length": "8"})
+        == pytest.approx(40_960 / MEASURED_SPS["deep_spi_ppo.py"][0])
+    )
     for changed in ({"chunk_length": 1}, {"num_envs": 8}, {"spectral_norm": "published"}, {"reward_loss_coef": 0.0}):
         assert cost(changed) is cost(changed | {"sticky": 0.25}) is None
 
