@@ -208,9 +208,8 @@ def test_estimate_is_for_the_cores_that_the_runs_can_use(capsys, monkeypatch, tm
     monkeypatch.setattr(os, "cpu_count", lambda: machine)
     words = ["--suite=smoke", "--seeds=3", f"--results={tmp_path}", "--dry-run"]
     assert launcher.main([*words, *flags]) == 0
-    seconds = round(
-        3 * 40_960 / MEASURED_SPS["deep_spi_ppo.py"][0] / cores
-    )  # of deep_spi's runs: those of ppo and additive are not measured
+    sps, _ = MEASURED_SPS["deep_spi_ppo.py"]
+    seconds = round(3 * 40_960 / sps / cores)  # of deep_spi's runs: those of ppo and additive are not measured
     assert f"core-hours, 0:00:{seconds:02} (h:mm:ss) on {cores} cores" in capsys.readouterr().out
 
 
