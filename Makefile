@@ -22,9 +22,10 @@ control: .venv/.train  ## the three control tasks, 10 seeds each; finished runs 
 figures: .venv/.benchmark  ## README's figures and tables, from the committed results
 	.venv/bin/python -m benchmark.figures
 
-atari-200k: .venv/.train  ## the first 200,000 steps of README's Atari table (hours)
+atari-200k: .venv/.train  ## the first 200,000 steps of README's Atari table (hours); finished runs are skipped
 	for game in Pong-v5 Boxing-v5 Krull-v5; do for script in ppo_baseline deepmdp_ppo_atari deep_spi_ppo_atari; do \
-		.venv/bin/python $$script.py --env-id $$game --total-timesteps 200704 \
+		[ -e runs/atari_200k/$${game}__$$script/agent.pt ] || \
+		.venv/bin/python $$script.py --env-id $$game --total-timesteps 200704 --precision fp32 \
 			--runs-dir runs/atari_200k --run-name $${game}__$$script || exit 1; done; done
 	.venv/bin/python -m benchmark.collect runs/atari_200k --out benchmark/results/atari_200k
 

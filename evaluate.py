@@ -2,9 +2,9 @@
 
 Works for a finished or an interrupted run of any training script here, or of a copy of one: the run's config.json names
 the script, and the script's own functions build the environments, in the run's setting, and the agent. Each policy,
-greedy and sampled, plays the same number of episodes. Writes evaluation.csv into the run's folder (policy, return,
-length, ended: 0 if the episode was cut at --max-length) and prints a summary; --video adds a GIF of each policy's first
-episode, from EnvPool's own pictures of the very game that is played.
+greedy and sampled, plays the same number of episodes, computed in float32. Writes evaluation.csv into the run's folder
+(policy, return, length, ended: 0 if the episode was cut at --max-length) and prints a summary; --video adds a GIF of
+each policy's first episode, from EnvPool's own pictures of the very game that is played.
 """
 
 import csv
@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class Args:
     """folder of the run"""
     episodes: int = 20
     """episodes that each policy plays; on Atari whole games"""
+    policy: Literal["both", "greedy", "sampled"] = "both"
+    """the most probable action, an action sampled as in training, or both, one after the other"""
     video: bool = False
     """also write greedy.gif and sampled.gif"""
     seed: int = 1_000_000
@@ -172,7 +174,7 @@ def main(own: Args) -> None:
         make = functools.partial(script.envpool.make, render_mode="rgb_array")
         script.envpool = SimpleNamespace(**{**vars(script.envpool), "make": make})
     rows = []
-    for policy in ("greedy", "sampled"):
+    for policy in ("greedy", "sampled") if own.policy == "both" else (own.policy,):
         played, pictures = play(script, agent, args, policy == "greedy", own.max_length, own.video)
         rows += [(policy, *episode) for episode in played]
         returns = [episode[0] for episode in played]

@@ -14,7 +14,6 @@ import numpy as np
 from benchmark import confounding, confounding_mechanism, control, differences, throughput_figures
 from benchmark.collect import markdown, mean_interval, read_table
 from benchmark.control import THRESHOLDS
-from benchmark.report_runs import read_results
 from benchmark.suites import MEASURED_SPS, SUITES
 
 matplotlib.use("Agg")
@@ -71,9 +70,10 @@ def atari_table() -> str:
         for metric in columns.values():
             series = values[run["env_id"], run["script"], metric]
             cells.append(f"{series[0]:.3g} → {series[-1]:.3g}" if series else "")
-        mean_return = run["mean_return_last_100"] or "no game ended"
+        counted = min(int(run["episodes"]), 100)
+        mean_return = f"{run['mean_return_last_100']} ({counted} games)" if counted else "no game ended"
         rows.append([run["env_id"], f"`{run['script']}`", f"{int(run['steps']):,}", run["sps"], mean_return, *cells])
-    return markdown(["game", "script", "steps", "SPS", "return, last 100 episodes", *columns], rows)
+    return markdown(["game", "script", "steps", "SPS", "return, last games", *columns], rows)
 
 
 def cost_table() -> str:
@@ -118,9 +118,9 @@ TABLES = {
     "speed": lambda: throughput_figures.speed_table(RESULTS),
     "confounding": lambda: confounding.drawdown_table(confounding.by_setting(confounding.read_runs())),
     "mechanism": lambda: confounding_mechanism.table(confounding.RESULTS),
-    "early_scores": lambda: differences.score_table(read_results(RESULTS / "suites" / "early").runs),
+    "early_scores": lambda: differences.score_table(differences.read_scores(RESULTS / "suites" / "early")),
     "cost": cost_table,
-    "early_differences": lambda: differences.difference_table(read_results(RESULTS / "suites" / "early").runs),
+    "early_differences": lambda: differences.difference_table(differences.read_scores(RESULTS / "suites" / "early")),
 }
 
 

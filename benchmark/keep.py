@@ -1,8 +1,9 @@
 """Keep what a report needs of a suite's finished runs: python -m benchmark.keep FROM TO
 
-Copies plan.json and, of each finished run, done.json, episodes.csv and config.json, this one without the machine's
-paths: no weights, no TensorBoard files. Works both ways: from runs/benchmark/SUITE into benchmark/results/suites/SUITE,
-to be committed, and back, where `benchmark.run` then skips these runs and `benchmark.report` reports them.
+Copies plan.json and, of each finished run, done.json, episodes.csv, evaluation.csv if there is one, and config.json
+without the machine's paths: no weights, no TensorBoard files. Works both ways: from runs/benchmark/SUITE into
+benchmark/results/suites/SUITE, to be committed, and back, where `benchmark.run` then skips these runs and
+`benchmark.report` reports them.
 """
 
 import argparse
@@ -16,21 +17,29 @@ from benchmark.run import Run, write_plan
 def keep(source: Path, target: Path) -> int:
     """Copy the runs below `source`; their number. A finished run that `target` already has is written anew.
 
-    Raises SystemExit(1) if there is no such folder, or if `target` has one of the runs unfinished.
+    Raises SystemExit(1) if there is nothing to keep, or if `target` has one of the runs unfinished or unlike.
     """
     if not source.is_dir():
         raise SystemExit(f"error: FROM: there is no folder {source}")
     kept = sorted(path.parent for path in source.glob("*/*/*/done.json") if ".broken-" not in path.parent.name)
+    if not kept:
+        raise SystemExit(f"error: FROM: no finished run in {source}; it should be a suite's folder")
     for run_dir in kept:
         copy = target / run_dir.relative_to(source)
         if copy.exists() and not (copy / "done.json").exists():
             raise SystemExit(f"error: TO: {copy} is an unfinished run; move it away")
-        copy.mkdir(parents=True, exist_ok=True)
         config = json.loads((run_dir / "config.json").read_text())
         config.pop("script_path", None)
         config["args"] |= {"runs_dir": "", "run_name": run_dir.name}
+        if copy.exists():
+            args = json.loads((copy / "config.json").read_text())["args"]
+            if differ := sorted(n for n, value in config["args"].items() if n != "runs_dir" and args.get(n) != value):
+                raise SystemExit(f"error: TO: {copy} is a run with another {', '.join(differ)}; move it away")
+        copy.mkdir(parents=True, exist_ok=True)
         (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.copyfile(run_dir / "episodes.csv", copy / "episodes.csv")
+        for name in ("episodes.csv", "evaluation.csv"):
+            if (run_dir / name).exists():
+                shutil.copyfile(run_dir / name, copy / name)
         shutil.copyfile(run_dir / "done.json", copy / "done.json")  # last, as it marks the run as finished
     if (source / "plan.json").exists():
         plan = [Run(**run) for run in json.loads((source / "plan.json").read_text())]

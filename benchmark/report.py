@@ -40,7 +40,8 @@ def opening(results: Results, suite: Path, resamples: int) -> list[Block]:
             f"{WINDOW} consecutive episodes, its best episode the largest return; both pick a lucky moment, and are no "
             "estimate of the final policy. Tables show the mean over seeds. In brackets: 95 % intervals. A task's mean "
             f"has Student's; what goes over tasks has rliable's percentile bootstrap, {resamples:,} resamples of the "
-            "seeds within each task, which is too narrow with few seeds: by a factor of √((n-1)/n), a fifth at three."
+            "seeds within each task, which is too narrow with few seeds: over many tasks by √((n-1)/n), a fifth at "
+            "three, and over a single task, at three seeds, by two thirds of Student's width."
         ),
     ]
 
@@ -187,9 +188,9 @@ def task_table(results: Results, out: Path) -> list[Block]:
         Heading("Every task"),
         Text(
             "Human-normalised: the mean over seeds of the last episodes, with random player 0 and human 1. Published "
-            "PPO: not ours, but the Deep SPI authors' own (stochastic setting, 3 seeds), the best value seen in "
-            "training: compare it with the best window. It started from returns of 0, so games of negative returns "
-            "read 0.0 there, which is no score. Sources: `benchmark/atari57_scores.csv`."
+            "PPO: not ours, but the Deep SPI authors' own (stochastic setting, 10 M steps, 3 seeds), the best value "
+            "seen in training: compare it with the best window. It started from returns of 0, so games of negative "
+            "returns read 0.0 there, which is no score. Sources: `benchmark/atari57_scores.csv`."
         ),
         Table(["task", "algorithm", "seeds", "steps", *scores], rows),
     ]
@@ -219,13 +220,18 @@ def learning_curves(results: Results, out: Path) -> list[Block]:
 # ---- The report
 
 
-def write_report(suite: Path, out: Path, baseline: str = "ppo", resamples: int = RESAMPLES) -> None:
-    """Everything, into the folder `out`. Raises ValueError if there is no finished run, or no way to read plan.json."""
+def write_report(suite: Path, out: Path, baseline: str | None = None, resamples: int = RESAMPLES) -> None:
+    """Everything, into the folder `out`, with `ppo` for a baseline if none is named.
+
+    Raises ValueError if there is no finished run, no run of the baseline named, or no way to read plan.json.
+    """
     results = read_results(suite)
     if not results.runs:
         unfinished, unreadable = len(results.unfinished), len(results.unreadable)
         found = f"{unfinished} unfinished, {unreadable} unreadable, {results.broken} broken"
         raise ValueError(f"{suite}: no finished run ({found})")
+    if baseline not in (None, *results.algorithms):
+        raise ValueError(f"--baseline: no run of {baseline!r}; there are {', '.join(results.algorithms)}")
     out.mkdir(parents=True, exist_ok=True)
     runs = results.runs
     games = statistics.choose_rectangle(runs, results.scored_tasks, "Aggregates over games")
@@ -235,7 +241,7 @@ def write_report(suite: Path, out: Path, baseline: str = "ppo", resamples: int =
         *unevenness(results, [games, tasks]),
         *provenance(results, out),
         *aggregates(runs, games, out, resamples),
-        *improvements(runs, tasks, baseline, out, resamples),
+        *improvements(runs, tasks, baseline or "ppo", out, resamples),
         *efficiency(results, games, out, resamples),
         *task_table(results, out),
         *learning_curves(results, out),
@@ -247,7 +253,7 @@ def main() -> None:
     """The command line. Exits with 2 if there is nothing to report on."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.report", description=__doc__.splitlines()[0])
     parser.add_argument("suite", type=Path, metavar="DIR", help="a suite's results: DIR/ALGORITHM/TASK/SEED/")
-    parser.add_argument("--baseline", default="ppo", help="algorithm to improve on (default: ppo)")
+    parser.add_argument("--baseline", help="algorithm to improve on (default: ppo, if there is one)")
     parser.add_argument("--out", type=Path, help="where to write (default: DIR/report)")
     arguments = parser.parse_args()
     out = arguments.out or arguments.suite / "report"

@@ -34,6 +34,7 @@ class Run:
     last: float  # mean return of the last 100 episodes
     best_window: float  # largest mean return of 100 consecutive episodes
     best_episode: float  # largest return
+    began_early: float  # share of the last 100 episodes that began in the run's first half
 
     @property
     def key(self) -> Key:
@@ -136,17 +137,18 @@ def read_run(folder: Path) -> Run:
     need(numbers, done, "done.json")
     if not all(isinstance(done[name], int | float) and np.isfinite(done[name]) for name in numbers):
         raise ValueError("in done.json a value is not a finite number")
-    columns = {"global_step": "int64", "return": "float64"}
+    columns = {"global_step": "int64", "return": "float64", "length": "int64"}
     table = pd.read_csv(folder / "episodes.csv", usecols=list(columns), dtype=columns)
     ends, returns = table["global_step"].to_numpy(), table["return"].to_numpy()
     if (np.diff(ends) < 0).any():
         raise ValueError("in episodes.csv steps go back, as if two runs had written it")
     if not np.isfinite(returns).all():
         raise ValueError("in episodes.csv a return is not a finite number")
-    scores = [np.nan] * 3
+    scores = [np.nan] * 4
     if len(returns):
+        starts = ends[-WINDOW:] - table["length"].to_numpy()[-WINDOW:] * config["args"].get("num_envs", 1)
         whole_windows = running_mean(returns, WINDOW)[min(WINDOW, len(returns)) - 1 :]
-        scores = [returns[-WINDOW:].mean(), whole_windows.max(), returns.max()]
+        scores = [returns[-WINDOW:].mean(), whole_windows.max(), returns.max(), (starts < done["steps"] / 2).mean()]
     algorithm, task, seed = folder.parts[-3:]
     return Run(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores))
 

@@ -6,10 +6,21 @@ from collections.abc import Iterable
 from benchmark.collect import CIRCUMSTANCES, NAMES_OF_A_RUN
 from benchmark.report_runs import WINDOW, Key, Results
 
+EARLY_SHARE = 0.5  # of the last episodes, from which it is said that they began early
+
 
 def remarks_on(results: Results) -> list[str]:
     """A sentence for each."""
-    checks = missing_runs, left_out_runs, uneven_lengths, few_episodes, uneven_seeds, mixed_circumstances, unknown_games
+    checks = (
+        missing_runs,
+        left_out_runs,
+        uneven_lengths,
+        few_episodes,
+        early_episodes,
+        uneven_seeds,
+        mixed_circumstances,
+        unknown_games,
+    )
     return [remark for check in checks for remark in check(results)]
 
 
@@ -68,6 +79,15 @@ def few_episodes(results: Results) -> list[str]:
         what = f"Fewer than {WINDOW} episodes (at least {min(few.values())}), scored by those there are"
         remarks.append(f"{what}: {results.name(few)}.")
     return remarks
+
+
+def early_episodes(results: Results) -> list[str]:
+    """Runs too short for their many environments: their scores say little about the policy of the end."""
+    early = {run.key: run.began_early for run in results.runs if run.began_early > EARLY_SHARE}
+    if not early:
+        return []
+    what = f"Up to {max(early.values()):.0%} of the last {WINDOW} episodes began in the first half of the run"
+    return [f"{what}; what the final policy can do, evaluate.py shows: {results.name(early)}."]
 
 
 def uneven_seeds(results: Results) -> list[str]:

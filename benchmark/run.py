@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES_OF_A_RUN = ("runs_dir", "run_name", "track", "checkpoint_interval", "resume")
 STOPPED = 75  # exit code of a script that was told to stop, and left a checkpoint
 SECONDS_TO_STOP = 60  # that a script has for this when its worker is told to stop
-OF_THE_ENVIRONMENT = ("sticky", "repeat_action_probability", "noop_max")  # arguments that change no speed
+COST_NOTHING = ("sticky", "repeat_action_probability", "noop_max")  # arguments that change no speed
 NAMED_BY_THE_PLAN = ("env_id", "seed", "total_timesteps", "runs_dir", "run_name")
 MOST_REQUEUES = 100  # of a SLURM task whose time was up
 LAST_LINES = 12  # of a failed run's log that are shown
@@ -199,9 +199,11 @@ def find(run_dir: Path, run: Run, settings: dict) -> Found:
     try:
         config = json.loads((run_dir / "config.json").read_text())
         done = json.loads((run_dir / "done.json").read_text()) if (run_dir / "done.json").exists() else None
+        made_with = {"script": config["script"]} | config["args"]
     except json.JSONDecodeError as error:
         return Found("broken", f"config.json or done.json is not JSON: {error}")
-    made_with = {"script": config["script"]} | config["args"]
+    except (KeyError, TypeError):
+        return Found("broken", "config.json does not describe a run: it has no script or no args")
     planned = {"script": Path(run.script).name} | settings
     changed = [
         f"{name} is {planned.get(name)!r} and was {made_with.get(name)!r}"
@@ -403,16 +405,17 @@ def work_on_slurm(todo: list[Work], jobs_dir: Path, parameters: dict) -> Iterato
             job.cancel()
 
 
-def core_seconds(run: Run, settings: dict) -> float | None:
-    """Estimated time of a run on one core, in seconds; None if its speed was not measured.
+def estimated_seconds(run: Run, settings: dict, cores: int) -> float | None:
+    """Estimated time of a run on so many cores, in seconds; None if its speed was not measured.
 
-    Measured are scripts with default settings. The environment's cost nothing; of no other is it known.
+    Measured are scripts with default settings, which are bf16 where it pays, and with some threads: more cores are of
+    no use, and fewer take in proportion longer. The environment's settings cost nothing; of no other is it known.
     """
-    own = {name: value for name, value in run.flags.items() if name in OF_THE_ENVIRONMENT}
+    own = {name: value for name, value in run.flags.items() if name in COST_NOTHING or value == "bf16"}
     if run.script not in MEASURED_SPS or settings != settings_of(replace(run, flags=own)):
         return None
     sps, threads = MEASURED_SPS[run.script]
-    return steps_of(settings) / sps * threads
+    return steps_of(settings) / sps * threads / min(threads, cores)
 
 
 def print_plan(plan: list[Run], settings: dict[str, dict], todo: list[Work], args: argparse.Namespace) -> None:
@@ -426,16 +429,17 @@ def print_plan(plan: list[Run], settings: dict[str, dict], todo: list[Work], arg
         command = " ".join([runs[0].script, *flag_words({"env_id": runs[0].env_id} | runs[0].flags)])
         steps = f"{steps_of(settings[runs[0].name]):,} steps"
         print(f"{algorithm:14}  {label:26}  {to_run} of {len(runs)} seeds to run  {steps:>16}  {command}")
-    costs = [core_seconds(run, settings[run.name]) for run in left]
-    known = [cost for cost in costs if cost is not None]
-    seconds, unknown = sum(known), len(costs) - len(known)
-    side_by_side = args.workers if args.executor == "local" else args.array_parallelism
-    cores = args.cpus_per_task * max(1, min(side_by_side, len(known)))
-    cores = min(cores, os.cpu_count()) if args.executor == "local" else cores
+    estimates = [estimated_seconds(run, settings[run.name], args.cpus_per_task) for run in left]
+    known = [seconds for seconds in estimates if seconds is not None]
+    unknown = len(estimates) - len(known)
+    most = args.array_parallelism
+    if args.executor == "local":
+        most = min(args.workers, max(1, os.cpu_count() // args.cpus_per_task))
+    side_by_side = max(1, min(most, len(known)))
     print(f"{len(plan)} runs, {len(plan) - len(left)} finished, {len(left)} to run")
     print(
-        f"estimate: {seconds / 3600:.2f} core-hours, {timedelta(seconds=round(seconds / cores))} (h:mm:ss) on "
-        f"{cores} cores as fast as README's, with bf16 units"
+        f"estimate: {timedelta(seconds=round(sum(known) / side_by_side))} (h:mm:ss), {side_by_side} at a time on "
+        f"{args.cpus_per_task} cores each, as fast as README's, with bf16 units"
         + (f"; not in it: {unknown} runs of scripts or with settings whose speed was not measured" if unknown else "")
     )
 

@@ -1,9 +1,15 @@
 """Stable-Baselines3's PPO on the same EnvPool game, in the same shape: python -m benchmark.sb3_ppo --env-id Pong-v5
 
 The peer that a user would pick, with `ppo_baseline.py`'s settings, so that the two can be compared in speed and in
-return. It needs Stable-Baselines3 (requirements-benchmark.txt). The run folder is that of the scripts. What stays
-different is SB3's own: auto-reset dummies are learned from as if they were steps, minibatches are of independent
-transitions, and advantages are divided by the sample's standard deviation, not the population's.
+return. It needs Stable-Baselines3 (requirements-benchmark.txt). The run folder is that of the scripts, and evaluate.py
+plays with its policy. What stays different is SB3's own:
+
+- it learns from auto-reset dummies as if they were steps: they count in its losses and in the advantages' mean and
+  deviation, and the value of an episode's last frame is trained towards that of the next episode's first;
+- minibatches are of independent transitions, and shuffled by another generator;
+- advantages are divided by the sample's standard deviation, not the population's;
+- float32, frames divided by 255 rather than the first weights, Adam not fused, freed memory given back to the system;
+- no checkpoints, no answer to signals or to losses that are not finite.
 """
 
 import csv
@@ -21,11 +27,16 @@ import torch
 import tyro
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it also starts as a file, as benchmark.run does
 import ppo_baseline
+from ppo_baseline import check_env, envpool, make_envs  # noqa: F401 - what evaluate.py looks for in a script
+
+FRAMES = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
 
 @dataclass
@@ -43,8 +54,7 @@ class EnvPoolVecEnv(VecEnv):
 
     def __init__(self, args: Args):
         self.envs, self.render_mode = ppo_baseline.make_envs(args), None
-        frames = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-        super().__init__(args.num_envs, frames, gym.spaces.Discrete(ppo_baseline.check_env(args.env_id)))
+        super().__init__(args.num_envs, FRAMES, gym.spaces.Discrete(ppo_baseline.check_env(args.env_id)))
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
         self.dummy = np.zeros(args.num_envs, dtype=bool)
         self.finished = []  # (return, length) of the games that ended in the last step
@@ -82,6 +92,21 @@ class EnvPoolVecEnv(VecEnv):
 
     def env_is_wrapped(self, wrapper_class, indices=None):
         return [False] * self.num_envs
+
+
+class Agent(ActorCriticCnnPolicy):
+    """SB3's policy, with the two functions of the scripts' agents that evaluate.py calls."""
+
+    def __init__(self, num_actions: int):
+        super().__init__(FRAMES, gym.spaces.Discrete(num_actions), lr_schedule=lambda _: 0.0)
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """Features (B, 512) of frames (B, 84, 84, 4) uint8, channels last."""
+        return self.extract_features(obs.permute(0, 3, 1, 2))
+
+    def policy_and_value(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, A) of every action, and the value (B,)."""
+        return self.action_net(features).log_softmax(-1), self.value_net(features).squeeze(-1)
 
 
 class Log(BaseCallback):
@@ -124,6 +149,7 @@ def check_args(args: Args) -> None:
     ppo_baseline.check(args.precision == "fp32", "precision", args.precision, "SB3 computes in fp32")
     ppo_baseline.check(args.chunk_length == 1, "chunk_length", args.chunk_length, "SB3 samples single transitions: 1")
     ppo_baseline.check(not args.resume, "resume", args.resume, "SB3 keeps no checkpoints here")
+    ppo_baseline.check(not args.track, "track", args.track, "SB3's metrics are not logged here")
     ppo_baseline.check(not args.compile, "compile", args.compile, "SB3 is run as it is")
 
 

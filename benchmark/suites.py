@@ -93,8 +93,8 @@ CONTROL_TASKS = [
 ]
 
 # Where the authors' PPO plays better than the human tester, in the stochastic setting (atari57_scores.csv). The five of
-# them that suite `pilot` shows to be learned earliest, by the human-normalised score of their last 100 games, are to be
-# the games of `atari5`, `parallelism` and `ablation`.
+# them that suite `pilot` shows to be learned earliest, by the human-normalised return of its final policies in 64 new
+# games (`evaluate.py RUN --episodes 64 --policy sampled`), are to be the games of `atari5`, `parallelism`, `ablation`.
 PILOT_GAMES = [
     "Assault",
     "Atlantis",
@@ -139,10 +139,9 @@ SUITES = {
 
 # ---- Cost
 
-# Agent steps per second and the threads that took part, with default settings, on a Xeon with bf16 matrix units, which
-# `--precision auto` makes use of. Atari: results/throughput.csv, with 18 actions, the slowest. Vectors: the median of
-# LunarLander-v3 of results/suites/control, two side by side. In float32 on an older 2.5 GHz Xeon they were a fifth
-# (deep_spi_ppo_atari.py: 102) to a quarter.
+# Agent steps per second and the threads that took part, with default settings (DeepMDP: with 128 x 8), on a Xeon with
+# bf16 matrix units, which `--precision auto` makes use of. Atari: results/throughput.csv, with 18 actions, the slowest.
+# Vectors: the median of LunarLander-v3 of results/suites/control, two side by side.
 MEASURED_SPS = {
     "deep_spi_ppo.py": (5200, 1),
     "ppo_baseline.py": (1308, 2),

@@ -2,7 +2,7 @@
 
 OUT gets plan.json and ALGORITHM/TASK/SEED/ with config.json, episodes.csv and done.json: what benchmark.report reads,
 without weights and TensorBoard events. The numbers mean nothing, and the config files say so. The default size, 57
-games, 4 algorithms, 5 seeds and 10 M steps, is 11 million episodes and takes a minute or two.
+games, 4 algorithms, 5 seeds and 10 M steps, is 12 million episodes and takes a minute or two.
 """
 
 import argparse

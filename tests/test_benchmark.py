@@ -68,13 +68,27 @@ def test_kept_runs_are_small_and_still_finished(tmp_path):
     (run_dir / "done.json").write_text(json.dumps({"steps": 8192, "minutes": 1.0, "sps": 100.0}))
     (run_dir / "episodes.csv").write_text("global_step,return,length\n64,9.0,9\n")
     (run_dir / "agent.pt").write_bytes(b"weights")
+    (run_dir / "evaluation.csv").write_text("policy,return,length,ended\nsampled,9.0,9,1\n")
     (tmp_path / "suite" / "plan.json").write_text("[]")
     (run_dir.parent / "2").mkdir()  # an unfinished one
     assert keep.keep(tmp_path / "suite", tmp_path / "kept") == 1
     kept = tmp_path / "kept"
     files = sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file())
-    names = [f"{run.name}/{name}" for name in ("config.json", "done.json", "episodes.csv")]
+    names = [f"{run.name}/{name}" for name in ("config.json", "done.json", "episodes.csv", "evaluation.csv")]
     assert files == [*names, "plan.json", "plan.json.lock"]
     assert not [path for path in files if str(tmp_path) in (kept / path).read_text()]
     assert keep.keep(kept, tmp_path / "back") == 1
     assert launcher.find(tmp_path / "back" / run.name, run, settings).state == "finished"
+
+
+def test_keeping_refuses_nothing_to_keep_and_a_run_with_other_settings(tmp_path):
+    for folder, gamma in (("suite", 0.9), ("kept", 0.8)):
+        run_dir = tmp_path / folder / "deep_spi" / "CartPole-v1" / "1"
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.json").write_text(json.dumps({"args": {"gamma": gamma, "run_name": "1"}}))
+        (run_dir / "done.json").write_text("{}")
+        (run_dir / "episodes.csv").write_text("global_step,return,length\n")
+    with pytest.raises(SystemExit, match="is a run with another gamma"):
+        keep.keep(tmp_path / "suite", tmp_path / "kept")
+    with pytest.raises(SystemExit, match="no finished run"):
+        keep.keep(tmp_path, tmp_path / "elsewhere")

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("rliable", reason="rliable is not installed: requirements-benchmark.txt has it")
 from rliable import library, metrics
 
-from benchmark import report, report_runs, synthetic
+from benchmark import report, report_runs, report_uneven, synthetic
 from benchmark import report_document as document
 from benchmark import report_statistics as statistics
 
@@ -465,9 +465,31 @@ def test_tasks_without_human_scores_get_no_aggregate_but_ranks_and_curves(tmp_pa
     assert (row["last_100"], row["human_normalised"], row["published_ppo"]) == ("20", "", "")
 
 
-def test_without_the_baseline_there_is_no_improvement(suite):
-    report.write_report(suite, suite / "report", baseline="absent", resamples=50)
-    assert "None: it takes runs of `absent`" in (suite / "report" / "report.md").read_text()
+def test_an_unknown_baseline_is_refused(suite):
+    with pytest.raises(ValueError, match="no run of 'absent'; there are ppo, ours"):
+        report.write_report(suite, suite / "report", baseline="absent", resamples=50)
+
+
+def test_without_ppo_or_another_baseline_there_is_no_improvement(tmp_path):
+    write_run(tmp_path, "ours", "Pong", 1, [1] * 100)
+    report.write_report(tmp_path, tmp_path / "report", resamples=50)
+    assert "None: it takes runs of `ppo`" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_scores_of_games_that_began_early_are_remarked_on(tmp_path):
+    """100 games of 10 steps end at 10, 20, ... 1,000; with 90 environments they began 900 steps before."""
+    for algorithm, num_envs in (("wide", 90), ("narrow", 1)):
+        write_run(tmp_path, algorithm, "Pong", 1, [1] * 100, steps=2000, args={"num_envs": num_envs})
+    (remark,) = report_uneven.early_episodes(report_runs.read_results(tmp_path))
+    assert remark.startswith("Up to 100% of the last 100 episodes began in the first half")
+    assert "narrow" in remark and "wide" in remark
+    for run in report_runs.read_results(tmp_path).runs:
+        assert run.began_early == 1.0
+    (tmp_path / "narrow" / "Pong" / "1" / "done.json").write_text('{"steps": 1000, "minutes": 1, "sps": 1}')
+    shares = {run.algorithm: run.began_early for run in report_runs.read_results(tmp_path).runs}
+    assert shares == {"wide": 1.0, "narrow": 0.5}  # those that ended at 10 to 500 began at 0 to 490
+    (remark,) = report_uneven.early_episodes(report_runs.read_results(tmp_path))
+    assert "wide" in remark and "narrow" not in remark
 
 
 def test_runs_without_any_episode_are_reported_on(tmp_path):

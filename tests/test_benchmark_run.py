@@ -188,43 +188,42 @@ def test_dry_run_prints_plan_and_estimate_and_writes_nothing(capsys, script):
     assert launcher.main([*flags, "--algorithms", "ppo", "deep_spi", f"fake={script}"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"ppo +CartPole-v1 +3 of 3 seeds to run +40,960 steps .*--reward-loss-coef=0.0", printed)
-    core_hours = 3 * 40_960 / 3800 / 3600
-    assert f"9 runs, 0 finished, 9 to run\nestimate: {core_hours:.2f} core-hours" in printed
+    assert "9 runs, 0 finished, 9 to run\nestimate: 0:00:" in printed
     assert "not in it: 6 runs" in printed  # the fake script's, and ppo's, without a world model
     assert not results.exists() and starts(script) == []
 
 
 @pytest.mark.parametrize(
-    ("machine", "flags", "cores"),
+    ("machine", "flags", "side_by_side", "cores"),
     [
-        (2, ["--workers=16"], 2),  # no more than there are
-        (64, ["--workers=16"], 3 * 4),  # three runs of four cores
-        (64, ["--workers=2", "--cpus-per-task=3"], 6),
-        (2, ["--executor=slurm"], 3 * 2),
-        (2, ["--executor=slurm", "--array-parallelism=2", "--cpus-per-task=8"], 2 * 8),
+        (2, ["--workers=16"], 2, 1),  # no more than there are cores
+        (64, ["--workers=16"], 3, 4),  # no more than there are runs
+        (64, ["--workers=1"], 1, 64),  # of which the script uses one
+        (64, ["--workers=2", "--cpus-per-task=3"], 2, 3),
+        (2, ["--executor=slurm"], 3, 2),
+        (2, ["--executor=slurm", "--array-parallelism=2", "--cpus-per-task=8"], 2, 8),
     ],
 )
-def test_estimate_is_for_the_cores_that_the_runs_can_use(capsys, monkeypatch, tmp_path, machine, flags, cores):
+def test_estimate_is_for_the_cores_that_the_runs_can_use(
+    capsys, monkeypatch, tmp_path, machine, flags, side_by_side, cores
+):
     monkeypatch.setattr(os, "cpu_count", lambda: machine)
     words = ["--suite=smoke", "--seeds=3", f"--results={tmp_path}", "--dry-run"]
     assert launcher.main([*words, *flags]) == 0
     sps, _ = MEASURED_SPS["deep_spi_ppo.py"]
-    seconds = round(3 * 40_960 / sps / cores)  # of deep_spi's runs: those of ppo and additive are not measured
-    assert f"core-hours, 0:00:{seconds:02} (h:mm:ss) on {cores} cores" in capsys.readouterr().out
+    seconds = round(3 * 40_960 / sps / side_by_side)  # of deep_spi's: those of ppo and additive are not measured
+    expected = f"estimate: 0:00:{seconds:02} (h:mm:ss), {side_by_side} at a time on {cores} cores each"
+    assert expected in capsys.readouterr().out
 
 
 def test_speed_is_known_with_default_settings_only():
-    def cost(flags: dict) -> float | None:
+    def cost(flags: dict, cores: int = 1) -> float | None:
         changed = replace(run, flags=flags)
-        return launcher.core_seconds(changed, launcher.settings_of(changed))
+        return launcher.estimated_seconds(changed, launcher.settings_of(changed), cores)
 
     run = launcher.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
-    assert (
-        cost({})
-        == cost({"sticky": 0.25})
-        == cost({"chunk_length": "8"})
-        == pytest.approx(40_960 / MEASURED_SPS["deep_spi_ppo.py"][0])
-    )
+    seconds = pytest.approx(40_960 / MEASURED_SPS["deep_spi_ppo.py"][0])
+    assert cost({}) == cost({}, cores=8) == cost({"sticky": 0.25}) == cost({"chunk_length": "8"}) == seconds
     for changed in ({"chunk_length": 1}, {"num_envs": 8}, {"spectral_norm": "published"}, {"reward_loss_coef": 0.0}):
         assert cost(changed) is cost(changed | {"sticky": 0.25}) is None
 

@@ -44,6 +44,8 @@ def test_each_policy_plays_its_episodes(cartpole, capsys):
     printed = capsys.readouterr().out
     assert f"greedy: mean return {np.mean([row[1] for row in rows[:5]]):.2f}" in printed
     assert evaluated(cartpole, episodes=5) == rows != evaluated(cartpole, episodes=5, seed=5)
+    for policy, own in (("greedy", rows[:5]), ("sampled", rows[5:])):
+        assert evaluated(cartpole, episodes=5, policy=policy) == own
 
 
 def test_episodes_are_what_the_agent_does(cartpole):
