@@ -37,7 +37,7 @@ def control_table() -> str:
         minutes = np.median([float(row["minutes"]) for row in runs])
         steps = f"{int(runs[0]['steps']):,}"
         solved = f"{(returns >= threshold).sum()} of {len(returns)}"
-        mean = f"{returns.mean():.1f} [{low:.1f}, {high:.1f}]"
+        mean = f"{returns.mean():.1f} [{low:.1f}, {high:.1f}]" if low < high else f"{returns.mean():.1f}, all alike"
         extremes = f"{returns.min():.1f} to {returns.max():.1f}"
         rows.append([task, steps, f">= {threshold:g}", solved, mean, extremes, f"{minutes:.1f}"])
     header = [
