@@ -52,20 +52,21 @@ class Case:
 
 
 FORMS = {  # for which numbers of actions each script is run in each form; only what P̄ is part of depends on A
-    "ppo_baseline": {"": (4, 6, 18), "learner": (6,), "plain": (6,)},
+    "ppo_baseline": {"": (4, 6, 18), "fp32": (6,), "learner": (6,), "plain": (6,)},
     "deepmdp_ppo_atari": {"": (6, 18), "learner": (6,)},
     "deep_spi_ppo_atari": {"": (4, 6, 18), "learner": (4, 6, 18), "plain": (6, 18)},
 }
 
 
 def cases() -> dict[str, Case]:
-    """Every case by name: <script> <form> A=<number of actions>. No form is the script itself, end to end."""
+    """Every case by name: <script> <form> A=<number of actions>. Without a form, or with fp32, the script end to end."""
     table = {}
     for script, forms in FORMS.items():
         for form, numbers in forms.items():
             for num_actions in numbers:
                 start = {
                     "": (f"{script}.py", "--precision", "auto"),
+                    "fp32": (f"{script}.py", "--precision", "fp32"),
                     "learner": ("-m", "benchmark.throughput", "learner", script, "--precision", "auto"),
                     "plain": ("-m", "benchmark.plain", script),
                 }[form]

@@ -41,6 +41,10 @@ RATIOS = {  # label: above and below the fraction line, each (case, measure)
         )
         for a in (4, 6, 18)
     },
+    "`ppo_baseline.py --precision fp32` : Stable-Baselines3's PPO (float32), A = 6": (
+        ("ppo_baseline fp32 A=6", "sps"),
+        ("stable_baselines3 A=6", "sps"),
+    ),
     "`ppo_baseline.py` : Stable-Baselines3's PPO (float32), A = 6": (
         ("ppo_baseline A=6", "sps"),
         ("stable_baselines3 A=6", "sps"),
