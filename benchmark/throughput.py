@@ -59,7 +59,7 @@ FORMS = {  # for which numbers of actions each script is run in each form; only 
 
 
 def cases() -> dict[str, Case]:
-    """Every case by name: <script> <form> A=<number of actions>. Without a form, or with fp32, the script end to end."""
+    """Every case by name: <script> <form> A=<number of actions>. No form, or fp32: the script itself, end to end."""
     table = {}
     for script, forms in FORMS.items():
         for form, numbers in forms.items():
