@@ -42,7 +42,6 @@ PLACEMENTS = {"PPO": "ppo", "additive": "additive", "Deep SPI": "deep_spi"}  # o
 OUTCOMES = FINAL, LAST, ALL = "final policy", "last 100 games", "all games"
 LEVEL, POWER, REPETITIONS = 0.05, 0.8, 20_000
 
-
 Scores = dict[str, dict[str, dict[str, np.ndarray]]]  # task → algorithm → outcome → its value for each seed
 
 
