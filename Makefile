@@ -16,8 +16,9 @@ test: .venv/.test  ## lint and the fast tests
 test-slow: .venv/.test  ## the longer checks
 	.venv/bin/python -m pytest -q -rs -m slow
 
-control: .venv/.train  ## the three control tasks, 10 seeds each; finished runs are skipped
-	.venv/bin/python -m benchmark.control
+control: .venv/.benchmark  ## PPO, additive, Deep SPI on the control tasks, 10 seeds (hours); finished runs are skipped
+	.venv/bin/python -m benchmark.run --suite control --workers 2
+	.venv/bin/python -m benchmark.differences runs/benchmark/control
 
 figures: .venv/.benchmark  ## README's figures and tables, from the committed results
 	.venv/bin/python -m benchmark.figures

@@ -1,7 +1,7 @@
 """Deep SPI on vector observations: safe policy improvement via world models (Delgrange, Avalos, Röpke, ICLR 2026).
 
     python deep_spi_ppo.py                                 # solves CartPole-v1 in about a minute on a laptop
-    python deep_spi_ppo.py --env-id LunarLander-v3 --total-timesteps 1000000
+    python deep_spi_ppo.py --env-id LunarLander-v3 --total-timesteps 1500000
 
 A policy π = π̄∘φ acts on a learned latent z = φ(s). A world model (R̄, P̄) is learned on φ beside it, and its losses stand
 inside PPO's clipped objective: the clip that keeps the new policy in a neighbourhood of the last one also bounds how
@@ -14,7 +14,7 @@ far those losses may move φ. That is the whole method:
     z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
     U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
 
-One set of defaults, with nothing but the number of steps to set: README.md has the results, seed by seed.
+One set of defaults, with nothing but the number of steps to set: README.md has the results.
 Any EnvPool environment will do that has discrete actions and observes an array of floats or an integer.
 Diff me against `deep_spi_ppo_atari.py`, the same algorithm on pixels. With both coefficients 0 this is PPO.
 """

@@ -30,6 +30,7 @@ from scipy import optimize, stats
 
 from benchmark.collect import markdown, mean_interval, read_table
 from benchmark.report_runs import Run, read_results
+from benchmark.suites import CONTROL_TASKS, SOLVED_AT
 
 COMPARISONS = {  # of suite `early`: what is asked, the default, its alternative
     "PPO, bf16 − float32": ("ppo", "ppo-fp32"),
@@ -45,14 +46,17 @@ LEVEL, POWER, REPETITIONS = 0.05, 0.8, 20_000
 Scores = dict[str, dict[str, dict[str, np.ndarray]]]  # task → algorithm → outcome → its value for each seed
 
 
+def final_returns(suite: Path, run: Run) -> np.ndarray:
+    """Returns of the games that the run's final policy played anew, (games,): none if it was not evaluated."""
+    rows = read_table(suite / run.algorithm / run.task / str(run.seed) / "evaluation.csv")
+    return np.array([float(row["return"]) for row in rows if row["policy"] == "sampled"])
+
+
 def outcomes(suite: Path, run: Run) -> dict[str, float]:
     """A run's outcomes; that of its final policy only if it was evaluated."""
-    in_training = {LAST: run.last, ALL: run.returns.mean()}
-    path = suite / run.algorithm / run.task / str(run.seed) / "evaluation.csv"
-    if not path.exists():
-        return in_training
-    returns = [float(row["return"]) for row in read_table(path) if row["policy"] == "sampled"]
-    return {FINAL: np.mean(returns)} | in_training
+    returns = final_returns(suite, run)
+    final = {FINAL: returns.mean()} if len(returns) else {}
+    return final | {LAST: run.last, ALL: run.returns.mean()}
 
 
 def read_scores(suite: Path) -> Scores:
@@ -84,14 +88,20 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 
 
 def visible_effect(a: np.ndarray, b: np.ndarray) -> float:
-    """The difference that Welch's test finds with probability POWER, by simulating normal samples that vary as a, b."""
+    """The difference that Welch's test finds with probability POWER, by simulating normal samples that vary as a, b.
+
+    nan where nothing varies.
+    """
+    spread = a.std(ddof=1) + b.std(ddof=1)
+    if spread == 0:
+        return math.nan
     rng = np.random.default_rng(0)
     noise_a, noise_b = (x.std(ddof=1) * rng.standard_normal((REPETITIONS, len(x))) for x in (a, b))
 
     def shortfall(effect: float) -> float:
         return (stats.ttest_ind(noise_a + effect, noise_b, axis=1, equal_var=False).pvalue < LEVEL).mean() - POWER
 
-    return optimize.brentq(shortfall, 0, 20 * (a.std(ddof=1) + b.std(ddof=1)), xtol=1e-3 * b.std(ddof=1))
+    return optimize.brentq(shortfall, 0, 20 * spread, xtol=1e-4 * spread)
 
 
 def cell(mean: float, low: float, high: float, form: str) -> str:
@@ -126,16 +136,35 @@ def difference_table(scores: Scores) -> str:
     return markdown(header, rows)
 
 
-def placement_table(scores: Scores) -> str:
-    """Markdown: per task and outcome the mean of each placement over seeds, and how far Deep SPI is from the others."""
+def placement_score_table(scores: Scores) -> str:
+    """Markdown: per task and outcome each placement's mean and its interval over seeds; how many solve the task."""
+    thresholds = {task.label: SOLVED_AT[task.env_id] for task in CONTROL_TASKS}
     rows = []
     for task, algorithms in scores.items():
         for outcome in (LAST, ALL):
-            values = {name: algorithms[algorithm][outcome] for name, algorithm in PLACEMENTS.items()}
-            means = [cell(own.mean(), *mean_interval(own), ".1f") for own in values.values()]
-            differences = [cell(*difference(values["Deep SPI"], values[name]), "+.1f") for name in ("PPO", "additive")]
-            rows.append([task, outcome, ", ".join(str(len(own)) for own in values.values()), *means, *differences])
-    return markdown(["task", "outcome", "seeds", *PLACEMENTS, "Deep SPI − PPO", "Deep SPI − additive"], rows)
+            counts = outcome == LAST and task in thresholds
+            row = [task, outcome, f">= {thresholds[task]:g}" if counts else ""]
+            for algorithm in PLACEMENTS.values():
+                own = algorithms[algorithm][outcome]
+                solved = f"; {(own >= thresholds[task]).sum()} of {len(own)}" if counts else ""
+                row.append(cell(own.mean(), *mean_interval(own), ".1f") + solved)
+            rows.append(row)
+    return markdown(["task", "outcome", "solved if", *(f"{name}; seeds that solve it" for name in PLACEMENTS)], rows)
+
+
+def placement_difference_table(scores: Scores) -> str:
+    """Markdown: per task and outcome how far Deep SPI is from PPO and from the additive placement."""
+    rows = []
+    for task, algorithms in scores.items():
+        for outcome in (LAST, ALL):
+            a, *others = (algorithms[PLACEMENTS[name]][outcome] for name in ("Deep SPI", "PPO", "additive"))
+            row = [task, outcome]
+            for b in others:
+                visible = visible_effect(a, b)
+                row += [cell(*difference(a, b), "+.1f"), "" if math.isnan(visible) else f"{visible:.1f}"]
+            rows.append(row)
+    seen = "could have seen"
+    return markdown(["task", "outcome", "Deep SPI − PPO", seen, "Deep SPI − additive", seen], rows)
 
 
 if __name__ == "__main__":
@@ -143,7 +172,7 @@ if __name__ == "__main__":
     parser.add_argument("suite", type=Path, help="folder of suite `early` or `control`, or of another with one task")
     found = read_scores(parser.parse_args().suite)
     if all(set(PLACEMENTS.values()) <= algorithms.keys() for algorithms in found.values()):
-        print(placement_table(found))
+        print(f"{placement_score_table(found)}\n\n{placement_difference_table(found)}")
     elif len(found) == 1:
         print(f"{score_table(found)}\n\n{difference_table(found)}")
     else:

@@ -11,45 +11,18 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmark import confounding, confounding_mechanism, control, differences, throughput_figures
-from benchmark.collect import markdown, mean_interval, read_table
-from benchmark.control import THRESHOLDS
-from benchmark.suites import MEASURED_SPS, SUITES
+from benchmark import confounding, confounding_mechanism, differences, throughput_figures
+from benchmark.collect import CURVE_PARTS, markdown, mean_interval, parts, read_table
+from benchmark.report_runs import read_results
+from benchmark.suites import CONTROL_STEPS, CONTROL_TASKS, MEASURED_SPS, SOLVED_AT, SUITES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
+CONTROL, EARLY = RESULTS / "suites" / "control", RESULTS / "suites" / "early"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmark" / "README.md")
-
-
-def control_table() -> str:
-    """Per task: seeds solved, and the mean return of the last 100 episodes over seeds with its interval."""
-    rows = []
-    for task, threshold in THRESHOLDS.items():
-        runs = control.results(task)
-        if not runs:
-            rows.append([task, "", f">= {threshold:g}", "no run yet", "", "", ""])
-            continue
-        returns = np.array([float(row["mean_return_last_100"]) for row in runs])
-        low, high = mean_interval(returns)
-        minutes = np.median([float(row["minutes"]) for row in runs])
-        steps = f"{int(runs[0]['steps']):,}"
-        solved = f"{(returns >= threshold).sum()} of {len(returns)}"
-        mean = f"{returns.mean():.1f} [{low:.1f}, {high:.1f}]" if low < high else f"{returns.mean():.1f}, all alike"
-        extremes = f"{returns.min():.1f} to {returns.max():.1f}"
-        rows.append([task, steps, f">= {threshold:g}", solved, mean, extremes, f"{minutes:.1f}"])
-    header = [
-        "task",
-        "steps",
-        "solved if",
-        "seeds solved",
-        "mean [95 % interval]",
-        "worst to best seed",
-        "minutes a run",
-    ]
-    return markdown(header, rows)
 
 
 def atari_table() -> str:
@@ -89,38 +62,39 @@ def cost_table() -> str:
 
 
 def control_figure() -> None:
-    """Mean return over steps of the three control tasks, with the interval over seeds, and every seed."""
-    curves = defaultdict(lambda: defaultdict(dict))  # task → seed → step → return
-    for row in read_table(RESULTS / "control_curves.csv"):
-        curves[row["env_id"]][row["seed"]][int(row["step"])] = float(row["mean_return"])
-    figure, axes = plt.subplots(1, len(THRESHOLDS), figsize=(11, 3.2), layout="constrained")
-    for axis, (task, threshold) in zip(axes, THRESHOLDS.items(), strict=True):
-        axis.set(title=f"{task}, {len(curves[task])} seeds", xlabel="environment steps")
-        if not curves[task]:
-            axis.text(0.5, 0.5, "no run yet", transform=axis.transAxes, horizontalalignment="center")
-            continue
-        seeds = curves[task].values()
-        steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
-        returns = np.array([[seed[step] for step in steps] for seed in seeds])  # (seeds, steps)
-        low, high = mean_interval(returns)
-        axis.plot(steps, returns.T, color="0.8", linewidth=0.7)
-        axis.fill_between(steps, low, high, color="C0", alpha=0.3)
-        axis.plot(steps, returns.mean(axis=0), color="C0", linewidth=2)
-        axis.axhline(threshold, color="C1", linestyle="--", linewidth=1)
-    axes[0].set_ylabel("return of the episodes ending there")
+    """Return over steps on the control tasks: each placement's mean over seeds, with its interval, and every seed."""
+    curves = defaultdict(lambda: defaultdict(list))  # task → algorithm → {step: return} of each seed
+    for run in read_results(CONTROL).runs:
+        curve = parts(run.ends, run.returns, run.done["steps"], CURVE_PARTS)
+        curves[run.task][run.algorithm].append(dict(curve))
+    figure, axes = plt.subplots(2, len(CONTROL_STEPS), figsize=(11, 6), layout="constrained")
+    for axis, task in zip(axes.T.flat, CONTROL_TASKS, strict=True):  # a column per environment
+        axis.set(title=task.label)
+        for i, (name, algorithm) in enumerate(differences.PLACEMENTS.items()):
+            seeds = curves[task.label][algorithm]
+            steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
+            returns = np.array([[seed[step] for step in steps] for seed in seeds])  # (seeds, steps)
+            axis.plot(steps, returns.T, color=f"C{i}", alpha=0.2, linewidth=0.5)
+            axis.fill_between(steps, *mean_interval(returns), color=f"C{i}", alpha=0.25, linewidth=0)
+            axis.plot(steps, returns.mean(axis=0), color=f"C{i}", linewidth=1.5, label=f"{name}, {len(seeds)} seeds")
+        axis.axhline(SOLVED_AT[task.env_id], color="0.4", linestyle="--", linewidth=1)
+    axes[0, 0].legend(loc="lower right", fontsize="small")
+    figure.supxlabel("environment steps")
+    figure.supylabel("return of the games that end there")
     figure.savefig(RESULTS / "control.png", dpi=150, metadata={"Software": None})
 
 
 TABLES = {
-    "control": control_table,
+    "control_scores": lambda: differences.placement_score_table(differences.read_scores(CONTROL)),
+    "control_differences": lambda: differences.placement_difference_table(differences.read_scores(CONTROL)),
     "atari_200k": atari_table,
     "speed_ratios": lambda: throughput_figures.ratio_table(RESULTS),
     "speed": lambda: throughput_figures.speed_table(RESULTS),
     "confounding": lambda: confounding.drawdown_table(confounding.by_setting(confounding.read_runs())),
     "mechanism": lambda: confounding_mechanism.table(confounding.RESULTS),
-    "early_scores": lambda: differences.score_table(differences.read_scores(RESULTS / "suites" / "early")),
+    "early_scores": lambda: differences.score_table(differences.read_scores(EARLY)),
+    "early_differences": lambda: differences.difference_table(differences.read_scores(EARLY)),
     "cost": cost_table,
-    "early_differences": lambda: differences.difference_table(differences.read_scores(RESULTS / "suites" / "early")),
 }
 
 

@@ -3,7 +3,20 @@
 import numpy as np
 from scipy import stats
 
-from benchmark.differences import ALL, LAST, LEVEL, POWER, difference, placement_table, visible_effect
+from benchmark.differences import (
+    ALL,
+    FINAL,
+    LAST,
+    LEVEL,
+    POWER,
+    difference,
+    placement_difference_table,
+    placement_score_table,
+    read_scores,
+    score_table,
+    visible_effect,
+)
+from benchmark.synthetic import make_suite
 
 
 def test_difference_is_welchs():
@@ -34,18 +47,40 @@ def test_runs_that_are_all_alike_differ_by_their_constant():
         assert np.isnan(interval).all()
 
 
-def test_placement_table_has_the_numbers_of_its_own_task():
+def test_placement_tables_have_the_numbers_of_their_own_task():
     """Two seeds: the half width is t(1) = 12.706 standard errors; Welch's of equal variances has two degrees: 4.303."""
-    scores = {"ppo": (1.0, 3.0), "additive": (3.0, 5.0), "deep_spi": (6.0, 8.0)}
-    table = placement_table(
-        {
-            task: {name: {LAST: factor * np.array(own), ALL: np.array(own) / 2} for name, own in scores.items()}
-            for task, factor in (("A", 1), ("B", 10))
-        }
-    )
-    rows = table.splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| A", "| A", "| B", "| B"]
-    means = "| 2.0 [-10.7, 14.7] | 4.0 [-8.7, 16.7] | 7.0 [-5.7, 19.7] "
-    assert means + "| +5.0 [-1.1, +11.1] | +3.0 [-3.1, +9.1] |" in rows[0]
-    assert "| 1.0 [-5.4, 7.4] |" in rows[1]
-    assert "| 20.0 [-107.1, 147.1] |" in rows[2]
+    returns = {"ppo": (1.0, 3.0), "additive": (3.0, 5.0), "deep_spi": (6.0, 8.0)}
+    scores = {
+        task: {name: {LAST: factor * np.array(own), ALL: np.array(own) / 2} for name, own in returns.items()}
+        for task, factor in (("A", 1), ("B", 10))
+    }
+    rows = placement_score_table(scores).splitlines()[2:]
+    assert rows[0] == f"| A | {LAST} |  | 2.0 [-10.7, 14.7] | 4.0 [-8.7, 16.7] | 7.0 [-5.7, 19.7] |"
+    assert rows[1].startswith(f"| A | {ALL} |  | 1.0 [-5.4, 7.4] |")
+    assert rows[2].startswith(f"| B | {LAST} |  | 20.0 [-107.1, 147.1] |")
+    rows = placement_difference_table(scores).splitlines()[2:]
+    seen = visible_effect(np.array([6.0, 8.0]), np.array([1.0, 3.0]))
+    assert rows[0] == f"| A | {LAST} | +5.0 [-1.1, +11.1] | {seen:.1f} | +3.0 [-3.1, +9.1] | {seen:.1f} |"
+    assert rows[2].startswith(f"| B | {LAST} | +50.0 [-10.8, +110.8] | {10 * seen:.1f} |")
+
+
+def test_placement_tables_count_solved_seeds_and_see_no_effect_where_nothing_varies():
+    always, sometimes = np.array([500.0, 500.0, 500.0]), np.array([474.9, 475.0, 500.0])
+    scores = {"CartPole-v1": {name: {LAST: always, ALL: always} for name in ("ppo", "deep_spi")}}
+    scores["CartPole-v1"]["additive"] = {LAST: sometimes, ALL: sometimes}
+    last, over_all = placement_score_table(scores).splitlines()[2:]
+    assert last.startswith(f"| CartPole-v1 | {LAST} | >= 475 | 500.0; 3 of 3 | 483.3 [")
+    assert "; 2 of 3 |" in last
+    assert over_all.startswith(f"| CartPole-v1 | {ALL} |  | 500.0 | 483.3 [")
+    assert placement_difference_table(scores).splitlines()[2].startswith(f"| CartPole-v1 | {LAST} | +0.0 |  | +16.7 [")
+
+
+def test_a_final_policy_counts_by_its_sampled_games_once_every_seed_was_evaluated(tmp_path):
+    make_suite(tmp_path, games=1, algorithms=1, seeds=2, steps=1_000_000)
+    first, second = sorted((tmp_path / "ppo").glob("*/*"))
+    (first / "evaluation.csv").write_text("policy,return,length,ended\ngreedy,9,1,1\nsampled,1,1,1\nsampled,2,1,1\n")
+    ((task, algorithms),) = read_scores(tmp_path).items()
+    assert algorithms["ppo"].keys() == {LAST, ALL}
+    assert f"| ppo | 2 |  | {algorithms['ppo'][LAST].mean():.0f} [" in score_table({task: algorithms})
+    (second / "evaluation.csv").write_text("policy,return,length,ended\nsampled,7,1,1\n")
+    np.testing.assert_array_equal(read_scores(tmp_path)[task]["ppo"][FINAL], [1.5, 7.0])
