@@ -61,16 +61,14 @@ def throughput_values(results: Path) -> dict[tuple[str, str], list[float]]:
 
 
 def ratio_table(results: Path) -> str:
-    """Ratios of what one round measured: median over the rounds, smallest and largest."""
+    """Ratios of what one round measured: median over the rounds, smallest and largest. What was left out has no row."""
     values, rows = throughput_values(results), []
     for label, (above, below) in RATIOS.items():
         pairs = zip(values[above], values[below], strict=False)  # a case may have been left out of every round
         ratios = np.array([first / second for first, second in pairs])
-        if len(ratios) == 0:
-            rows.append([label, "not measured", "", "0"])
-            continue
-        spread = f"{ratios.min():.2f} to {ratios.max():.2f}"
-        rows.append([label, f"{np.median(ratios):.2f}", spread, str(len(ratios))])
+        if len(ratios):
+            spread = f"{ratios.min():.2f} to {ratios.max():.2f}"
+            rows.append([label, f"{np.median(ratios):.2f}", spread, str(len(ratios))])
     return markdown(["ratio", "median", "smallest to largest", "pairs"], rows)
 
 
