@@ -74,12 +74,13 @@ def control_figure() -> None:
             seeds = curves[task.label][algorithm]
             steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
             returns = np.array([[seed[step] for step in steps] for seed in seeds])  # (seeds, steps)
+            steps = np.array(steps) / 1000
             axis.plot(steps, returns.T, color=f"C{i}", alpha=0.2, linewidth=0.5)
             axis.fill_between(steps, *mean_interval(returns), color=f"C{i}", alpha=0.25, linewidth=0)
             axis.plot(steps, returns.mean(axis=0), color=f"C{i}", linewidth=1.5, label=f"{name}, {len(seeds)} seeds")
         axis.axhline(SOLVED_AT[task.env_id], color="0.4", linestyle="--", linewidth=1)
     axes[0, 0].legend(loc="lower right", fontsize="small")
-    figure.supxlabel("environment steps")
+    figure.supxlabel("environment steps, in thousands")
     figure.supylabel("return of the games that end there")
     figure.savefig(RESULTS / "control.png", dpi=150, metadata={"Software": None})
 
@@ -89,6 +90,7 @@ TABLES = {
     "control_differences": lambda: differences.placement_difference_table(differences.read_scores(CONTROL)),
     "atari_200k": atari_table,
     "speed_ratios": lambda: throughput_figures.ratio_table(RESULTS),
+    "speed_ratios_later": lambda: throughput_figures.ratio_table(RESULTS / "throughput_later"),
     "speed": lambda: throughput_figures.speed_table(RESULTS),
     "confounding": lambda: confounding.drawdown_table(confounding.by_setting(confounding.read_runs())),
     "mechanism": lambda: confounding_mechanism.table(confounding.RESULTS),
