@@ -12,8 +12,9 @@ untrained policy. This was noticed when the runs of PPO had been looked at; the 
 run made (or, for PPO, made again) with its final policy kept. It was fixed when two final policies had been evaluated,
 one of Deep SPI and one of SB3. A default is found worse than its alternative, and is not to be the default, if an
 interval lies below 0, or if all three differences lie more than 5 % of the alternative's mean below 0. Otherwise it
-stays, because it is the faster: that is not a proof of equality. The rule is for settings; Deep SPI, DeepMDP and PPO are
-methods, each with its own (DeepMDP plays 64 games side by side, so that its games in training compare with nobody's).
+stays, because it is the faster: that is not a proof of equality. The rule is for settings. Deep SPI, DeepMDP and PPO
+are methods, each with settings of its own: DeepMDP plays 64 games side by side, so that its games in training compare
+with nobody's. (These two sentences are later than the runs.)
 
 Suite `control`, protocol. The mean return of the last 100 games and of all games in training, on each task; Deep SPI
 against PPO tells what the world model does, against the additive placement what the clip does. The primary outcome is
