@@ -81,10 +81,15 @@ def read_scores(suite: Path) -> Scores:
     }
 
 
+def varies(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether a or b has values that differ; not if one of them is nan."""
+    return bool(np.ptp(a) + np.ptp(b) > 0)
+
+
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Mean of a (n,) less that of b (m,), and Welch's 95 % interval of it: nan where nothing varies, or n or m is 1."""
     mean, low, high = a.mean() - b.mean(), math.nan, math.nan
-    if a.std() + b.std() > 0 and min(len(a), len(b)) > 1:
+    if min(len(a), len(b)) > 1 and varies(a, b):
         low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - LEVEL)
     return mean, low, high
 
@@ -92,11 +97,11 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 def visible_effect(a: np.ndarray, b: np.ndarray) -> float:
     """The difference that Welch's test finds with probability POWER, by simulating normal samples that vary as a, b.
 
-    nan where nothing varies.
+    nan where nothing varies, or a or b has one value or is not finite.
     """
-    spread = a.std(ddof=1) + b.std(ddof=1)
-    if spread == 0:
+    if min(len(a), len(b)) < 2 or not varies(a, b):
         return math.nan
+    spread = a.std(ddof=1) + b.std(ddof=1)
     rng = np.random.default_rng(0)
     noise_a, noise_b = (x.std(ddof=1) * rng.standard_normal((REPETITIONS, len(x))) for x in (a, b))
 
@@ -104,6 +109,12 @@ def visible_effect(a: np.ndarray, b: np.ndarray) -> float:
         return (stats.ttest_ind(noise_a + effect, noise_b, axis=1, equal_var=False).pvalue < LEVEL).mean() - POWER
 
     return optimize.brentq(shortfall, 0, 20 * spread, xtol=1e-4 * spread)
+
+
+def visible_cell(a: np.ndarray, b: np.ndarray, form: str) -> str:
+    """The difference that could have been seen, where there is one."""
+    visible = visible_effect(a, b)
+    return "" if math.isnan(visible) else f"{visible:{form}}"
 
 
 def cell(mean: float, low: float, high: float, form: str) -> str:
@@ -132,7 +143,7 @@ def difference_table(scores: Scores) -> str:
             a, b = sides[0][name], sides[1][name]
             interval = difference(a, b)
             share = f"{interval[0] / abs(b.mean()):+.0%}"
-            seeds, visible = f"{len(a)}, {len(b)}", f"{visible_effect(a, b):.0f}"
+            seeds, visible = f"{len(a)}, {len(b)}", visible_cell(a, b, ".0f")
             rows.append([question, name, seeds, cell(*interval, "+.0f"), share, visible])
     header = ["comparison", "outcome", "seeds", "difference [95 % interval]", "of the latter's mean", "could have seen"]
     return markdown(header, rows)
@@ -162,8 +173,7 @@ def placement_difference_table(scores: Scores) -> str:
             a, *others = (algorithms[PLACEMENTS[name]][outcome] for name in ("Deep SPI", "PPO", "additive"))
             row = [task, outcome]
             for b in others:
-                visible = visible_effect(a, b)
-                row += [cell(*difference(a, b), "+.1f"), "" if math.isnan(visible) else f"{visible:.1f}"]
+                row += [cell(*difference(a, b), "+.1f"), visible_cell(a, b, ".1f")]
             rows.append(row)
     seen = "could have seen"
     return markdown(["task", "outcome", "Deep SPI − PPO", seen, "Deep SPI − additive", seen], rows)

@@ -32,14 +32,17 @@ def keep(source: Path, target: Path) -> int:
         config.pop("script_path", None)
         config["args"] |= {"runs_dir": "", "run_name": run_dir.name}
         if copy.exists():
-            args = json.loads((copy / "config.json").read_text())["args"]
-            if differ := sorted(n for n, value in config["args"].items() if n != "runs_dir" and args.get(n) != value):
+            kept_config = json.loads((copy / "config.json").read_text())
+            old, new = (each["args"] | {"script": each["script"]} for each in (kept_config, config))
+            if differ := sorted(name for name, value in new.items() if name != "runs_dir" and old.get(name) != value):
                 raise SystemExit(f"error: TO: {copy} is a run with another {', '.join(differ)}; move it away")
+            if (copy / "episodes.csv").read_bytes() != (run_dir / "episodes.csv").read_bytes():
+                (copy / "evaluation.csv").unlink(missing_ok=True)  # that of the run which is replaced
         copy.mkdir(parents=True, exist_ok=True)
         (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in ("episodes.csv", "evaluation.csv"):
-            if (run_dir / name).exists():
-                shutil.copyfile(run_dir / name, copy / name)
+        shutil.copyfile(run_dir / "episodes.csv", copy / "episodes.csv")
+        if (run_dir / "evaluation.csv").exists():
+            shutil.copyfile(run_dir / "evaluation.csv", copy / "evaluation.csv")
         shutil.copyfile(run_dir / "done.json", copy / "done.json")  # last, as it marks the run as finished
     if (source / "plan.json").exists():
         plan = [Run(**run) for run in json.loads((source / "plan.json").read_text())]

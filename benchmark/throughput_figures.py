@@ -22,6 +22,10 @@ RATIOS = {  # label: above and below the fraction line, each (case, measure)
         )
         for a in (6, 18)
     },
+    "`deep_spi_ppo_atari.py` : `ppo_baseline.py` plain, end to end, A = 6": (
+        ("deep_spi_ppo_atari A=6", "sps"),
+        ("ppo_baseline plain A=6", "sps"),
+    ),
     **{
         f"`{script}.py` : `ppo_baseline.py`, end to end, A = {a}": (
             (f"{script} A={a}", "sps"),

@@ -81,14 +81,30 @@ def test_kept_runs_are_small_and_still_finished(tmp_path):
     assert launcher.find(tmp_path / "back" / run.name, run, settings).state == "finished"
 
 
+def make_kept_run(suite, config, episodes):
+    run_dir = suite / "deep_spi" / "CartPole-v1" / "1"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.json").write_text(json.dumps(config))
+    (run_dir / "done.json").write_text("{}")
+    (run_dir / "episodes.csv").write_text(f"global_step,return,length\n{episodes}")
+    return run_dir
+
+
+@pytest.mark.parametrize("episodes, stays", [("64,9.0,9\n", True), ("64,8.0,8\n", False)])
+def test_the_evaluation_of_a_run_that_is_replaced_goes_unless_it_is_the_same_run(tmp_path, episodes, stays):
+    config = {"script": "deep_spi_ppo.py", "args": {"run_name": "1"}}
+    make_kept_run(tmp_path / "suite", config, episodes)
+    evaluation = make_kept_run(tmp_path / "kept", config, "64,9.0,9\n") / "evaluation.csv"
+    evaluation.write_text("policy,return,length,ended\nsampled,9.0,9,1\n")
+    keep.keep(tmp_path / "suite", tmp_path / "kept")
+    assert evaluation.exists() == stays
+
+
 def test_keeping_refuses_nothing_to_keep_and_a_run_with_other_settings(tmp_path):
     for folder, gamma in (("suite", 0.9), ("kept", 0.8)):
-        run_dir = tmp_path / folder / "deep_spi" / "CartPole-v1" / "1"
-        run_dir.mkdir(parents=True)
-        (run_dir / "config.json").write_text(json.dumps({"args": {"gamma": gamma, "run_name": "1"}}))
-        (run_dir / "done.json").write_text("{}")
-        (run_dir / "episodes.csv").write_text("global_step,return,length\n")
-    with pytest.raises(SystemExit, match="is a run with another gamma"):
+        config = {"script": f"{folder}.py", "args": {"gamma": gamma, "run_name": "1"}}
+        make_kept_run(tmp_path / folder, config, "")
+    with pytest.raises(SystemExit, match="is a run with another gamma, script"):
         keep.keep(tmp_path / "suite", tmp_path / "kept")
     with pytest.raises(SystemExit, match="no finished run"):
         keep.keep(tmp_path, tmp_path / "elsewhere")

@@ -47,6 +47,15 @@ def test_runs_that_are_all_alike_differ_by_their_constant():
         assert np.isnan(interval).all()
 
 
+def test_no_effect_is_visible_to_one_run_a_side_or_where_one_has_no_score():
+    for a in (np.array([1.0]), np.array([1.0, np.nan]), np.array([0.1, 0.1, 0.1])):
+        assert np.isnan(visible_effect(a, np.array([0.1, 0.1, 0.1])))
+        assert np.isnan(difference(a, np.array([0.1, 0.1, 0.1]))[1:]).all()
+    alone = {"ppo": 1.0, "additive": 2.0, "deep_spi": 4.0}
+    scores = {"A": {name: {LAST: np.array([own]), ALL: np.array([own])} for name, own in alone.items()}}
+    assert f"| A | {LAST} | +3.0 |  | +2.0 |  |" in placement_difference_table(scores)
+
+
 def test_placement_tables_have_the_numbers_of_their_own_task():
     """Two seeds: the half width is t(1) = 12.706 standard errors; Welch's of equal variances has two degrees: 4.303."""
     returns = {"ppo": (1.0, 3.0), "additive": (3.0, 5.0), "deep_spi": (6.0, 8.0)}
