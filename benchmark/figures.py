@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmark import confounding, confounding_mechanism, differences, throughput_figures
 from benchmark.collect import CURVE_PARTS, markdown, mean_interval, parts, read_table
-from benchmark.report_runs import read_results
+from benchmark.report_runs import read_known_scores, read_results
 from benchmark.suites import CONTROL_STEPS, CONTROL_TASKS, MEASURED_SPS, SOLVED_AT, SUITES
 
 matplotlib.use("Agg")
@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-CONTROL, EARLY = RESULTS / "suites" / "control", RESULTS / "suites" / "early"
+CONTROL, EARLY, PILOT = (RESULTS / "suites" / name for name in ("control", "early", "pilot"))
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmark" / "README.md")
 
 
@@ -47,6 +47,19 @@ def atari_table() -> str:
         mean_return = f"{run['mean_return_last_100']} ({counted} games)" if counted else "no game ended"
         rows.append([run["env_id"], f"`{run['script']}`", f"{int(run['steps']):,}", run["sps"], mean_return, *cells])
     return markdown(["game", "script", "steps", "SPS", "return, last games", *columns], rows)
+
+
+def pilot_table() -> str:
+    """Per game of suite `pilot`: what the final policy scores, with its 95 % interval over games, best first."""
+    rows = {}  # by human-normalised score
+    for run in read_results(PILOT).runs:
+        returns, known = differences.final_returns(PILOT, run), read_known_scores()[run.game]
+        low, high = mean_interval(returns)
+        score = float(run.normalised(returns.mean()))
+        mean = f"{returns.mean():,.1f} [{low:,.1f}, {high:,.1f}]"
+        rows[score] = [run.game, mean, f"{known['random']:,g}", f"{known['human']:,g}", f"{score:.2f}"]
+    header = ["game", "final policy, 64 games", "random player", "human", "human-normalised"]
+    return markdown(header, [rows[score] for score in sorted(rows, reverse=True)])
 
 
 def cost_table() -> str:
@@ -96,6 +109,7 @@ TABLES = {
     "mechanism": lambda: confounding_mechanism.table(confounding.RESULTS),
     "early_scores": lambda: differences.score_table(differences.read_scores(EARLY)),
     "early_differences": lambda: differences.difference_table(differences.read_scores(EARLY)),
+    "pilot": pilot_table,
     "cost": cost_table,
 }
 

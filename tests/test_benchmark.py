@@ -8,6 +8,7 @@ import pytest
 
 from benchmark import collect, figures, keep, learning_curve
 from benchmark import run as launcher
+from benchmark.suites import ATARI5_GAMES, PILOT_GAMES
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,6 +17,12 @@ def test_tables_are_regenerated_to_the_same_text():
     texts = [document.read_text() for document in figures.DOCUMENTS]
     assert sum(text.count("<!-- table:") for text in texts) == len(figures.TABLES)
     assert [figures.with_tables(text) for text in texts] == texts
+
+
+def test_the_five_games_are_those_that_the_pilot_shows_to_be_learned_earliest():
+    rows = [row.split(" | ")[0].removeprefix("| ") for row in figures.pilot_table().splitlines()[2:]]
+    assert sorted(rows) == sorted(PILOT_GAMES)
+    assert sorted(rows[:5]) == ATARI5_GAMES
 
 
 def test_interval_is_students():
