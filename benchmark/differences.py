@@ -43,6 +43,7 @@ COMPARISONS = {  # of suite `early`: what is asked, the default, its alternative
 }
 PLACEMENTS = {"PPO": "ppo", "additive": "additive", "Deep SPI": "deep_spi"}  # of suite `control`
 OUTCOMES = FINAL, LAST, ALL = "final policy", "last 100 games", "all games"
+SEED = "seed"  # stands beside the outcomes
 LEVEL, POWER, REPETITIONS = 0.05, 0.8, 20_000
 
 Scores = dict[str, dict[str, dict[str, np.ndarray]]]  # task → algorithm → outcome → its value for each seed
@@ -58,7 +59,7 @@ def outcomes(suite: Path, run: Run) -> dict[str, float]:
     """A run's outcomes; that of its final policy only if it was evaluated."""
     returns = final_returns(suite, run)
     final = {FINAL: returns.mean()} if len(returns) else {}
-    return final | {LAST: run.last, ALL: run.returns.mean()}
+    return final | {LAST: run.last, ALL: run.returns.mean(), SEED: run.seed}
 
 
 def read_scores(suite: Path) -> Scores:
@@ -72,7 +73,7 @@ def read_scores(suite: Path) -> Scores:
         task: {
             algorithm: {
                 name: np.array([seed[name] for seed in seeds])
-                for name in OUTCOMES
+                for name in (*OUTCOMES, SEED)
                 if all(name in seed for seed in seeds)
             }
             for algorithm, seeds in algorithms.items()
@@ -166,17 +167,27 @@ def placement_score_table(scores: Scores) -> str:
 
 
 def placement_difference_table(scores: Scores) -> str:
-    """Markdown: per task and outcome how far Deep SPI is from PPO and from the additive placement."""
+    """Markdown: per task and outcome how far Deep SPI is from PPO and from the additive placement, by Welch's test.
+
+    Beside it the 95 % interval of the same difference paired by seed, where both sides have the same seeds.
+    """
     rows = []
     for task, algorithms in scores.items():
         for outcome in (LAST, ALL):
-            a, *others = (algorithms[PLACEMENTS[name]][outcome] for name in ("Deep SPI", "PPO", "additive"))
             row = [task, outcome]
-            for b in others:
-                row += [cell(*difference(a, b), "+.1f"), visible_cell(a, b, ".1f")]
+            ours = algorithms[PLACEMENTS["Deep SPI"]]
+            for name in ("PPO", "additive"):
+                theirs = algorithms[PLACEMENTS[name]]
+                a, b = ours[outcome], theirs[outcome]
+                mean, low, high = difference(a, b)
+                p = f", p {stats.ttest_ind(a, b, equal_var=False).pvalue:.3f}" if low < high else ""
+                paired = ""
+                if np.array_equal(ours[SEED], theirs[SEED]) and len(a) > 1 and np.ptp(a - b) > 0:
+                    paired = "[{:+.1f}, {:+.1f}]".format(*mean_interval(a - b))
+                row += [cell(mean, low, high, "+.1f") + p, paired, visible_cell(a, b, ".1f")]
             rows.append(row)
-    seen = "could have seen"
-    return markdown(["task", "outcome", "Deep SPI − PPO", seen, "Deep SPI − additive", seen], rows)
+    columns = [column for name in ("PPO", "additive") for column in (f"Deep SPI − {name}", "paired", "could have seen")]
+    return markdown(["task", "outcome", *columns], rows)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from benchmark.differences import (
     LAST,
     LEVEL,
     POWER,
+    SEED,
     difference,
     placement_difference_table,
     placement_score_table,
@@ -52,36 +53,47 @@ def test_no_effect_is_visible_to_one_run_a_side_or_where_one_has_no_score():
         assert np.isnan(visible_effect(a, np.array([0.1, 0.1, 0.1])))
         assert np.isnan(difference(a, np.array([0.1, 0.1, 0.1]))[1:]).all()
     alone = {"ppo": 1.0, "additive": 2.0, "deep_spi": 4.0}
-    scores = {"A": {name: {LAST: np.array([own]), ALL: np.array([own])} for name, own in alone.items()}}
-    assert f"| A | {LAST} | +3.0 |  | +2.0 |  |" in placement_difference_table(scores)
+    scores = {"A": {name: dict.fromkeys((LAST, ALL, SEED), np.array([own])) for name, own in alone.items()}}
+    assert f"| A | {LAST} | +3.0 |  |  | +2.0 |  |  |" in placement_difference_table(scores)
 
 
 def test_placement_tables_have_the_numbers_of_their_own_task():
     """Two seeds: the half width is t(1) = 12.706 standard errors; Welch's of equal variances has two degrees: 4.303."""
     returns = {"ppo": (1.0, 3.0), "additive": (3.0, 5.0), "deep_spi": (6.0, 8.0)}
+    seeds = {"ppo": (2, 3), "additive": (1, 2), "deep_spi": (1, 2)}
     scores = {
-        task: {name: {LAST: factor * np.array(own), ALL: np.array(own) / 2} for name, own in returns.items()}
+        task: {
+            name: {LAST: factor * np.array(own), ALL: np.array(own)[::-1] / 2, SEED: np.array(seeds[name])}
+            for name, own in returns.items()
+        }
         for task, factor in (("A", 1), ("B", 10))
     }
+    scores["A"]["additive"][ALL] = np.array([1.5, 2.5])
     rows = placement_score_table(scores).splitlines()[2:]
     assert rows[0] == f"| A | {LAST} |  | 2.0 [-10.7, 14.7] | 4.0 [-8.7, 16.7] | 7.0 [-5.7, 19.7] |"
     assert rows[1].startswith(f"| A | {ALL} |  | 1.0 [-5.4, 7.4] |")
     assert rows[2].startswith(f"| B | {LAST} |  | 20.0 [-107.1, 147.1] |")
     rows = placement_difference_table(scores).splitlines()[2:]
     seen = visible_effect(np.array([6.0, 8.0]), np.array([1.0, 3.0]))
-    assert rows[0] == f"| A | {LAST} | +5.0 [-1.1, +11.1] | {seen:.1f} | +3.0 [-3.1, +9.1] | {seen:.1f} |"
-    assert rows[2].startswith(f"| B | {LAST} | +50.0 [-10.8, +110.8] | {10 * seen:.1f} |")
+    p = [2 * stats.t.sf(far / np.sqrt(2), 2) for far in (5, 3)]
+    differences = (
+        f"+5.0 [-1.1, +11.1], p {p[0]:.3f} |  | {seen:.1f} | +3.0 [-3.1, +9.1], p {p[1]:.3f} |  | {seen:.1f} |"
+    )
+    assert rows[0] == f"| A | {LAST} | {differences}"
+    assert "| +1.5 [-1.5, +4.5], p 0.168 | [-11.2, +14.2] |" in rows[1]  # 2.5 and 0.5: a half width of 12.706
+    assert rows[2].startswith(f"| B | {LAST} | +50.0 [-10.8, +110.8], p {p[0]:.3f} |  | {10 * seen:.1f} |")
 
 
 def test_placement_tables_count_solved_seeds_and_see_no_effect_where_nothing_varies():
     always, sometimes = np.array([500.0, 500.0, 500.0]), np.array([474.9, 475.0, 500.0])
-    scores = {"CartPole-v1": {name: {LAST: always, ALL: always} for name in ("ppo", "deep_spi")}}
-    scores["CartPole-v1"]["additive"] = {LAST: sometimes, ALL: sometimes}
+    scores = {"CartPole-v1": {name: {LAST: always, ALL: always, SEED: np.arange(3)} for name in ("ppo", "deep_spi")}}
+    scores["CartPole-v1"]["additive"] = {LAST: sometimes, ALL: sometimes, SEED: np.arange(3)}
     last, over_all = placement_score_table(scores).splitlines()[2:]
     assert last.startswith(f"| CartPole-v1 | {LAST} | >= 475 | 500.0; 3 of 3 | 483.3 [")
     assert "; 2 of 3 |" in last
     assert over_all.startswith(f"| CartPole-v1 | {ALL} |  | 500.0 | 483.3 [")
-    assert placement_difference_table(scores).splitlines()[2].startswith(f"| CartPole-v1 | {LAST} | +0.0 |  | +16.7 [")
+    row = placement_difference_table(scores).splitlines()[2]
+    assert row.startswith(f"| CartPole-v1 | {LAST} | +0.0 |  |  | +16.7 [")
 
 
 def test_a_final_policy_counts_by_its_sampled_games_once_every_seed_was_evaluated(tmp_path):
@@ -89,7 +101,7 @@ def test_a_final_policy_counts_by_its_sampled_games_once_every_seed_was_evaluate
     first, second = sorted((tmp_path / "ppo").glob("*/*"))
     (first / "evaluation.csv").write_text("policy,return,length,ended\ngreedy,9,1,1\nsampled,1,1,1\nsampled,2,1,1\n")
     ((task, algorithms),) = read_scores(tmp_path).items()
-    assert algorithms["ppo"].keys() == {LAST, ALL}
+    assert algorithms["ppo"].keys() == {LAST, ALL, SEED}
     assert f"| ppo | 2 |  | {algorithms['ppo'][LAST].mean():.0f} [" in score_table({task: algorithms})
     (second / "evaluation.csv").write_text("policy,return,length,ended\nsampled,7,1,1\n")
     np.testing.assert_array_equal(read_scores(tmp_path)[task]["ppo"][FINAL], [1.5, 7.0])
