@@ -148,8 +148,8 @@ class Games:
             num_threads=min(args.num_envs, torch.get_num_threads()),  # EnvPool and torch take turns
             env_seed=(stream.generate_state(args.num_envs) >> 1).tolist(),  # signed 32 bits
         )
-        self.num_inputs, self.actions = int(np.prod(self.envs.observation_space.shape)), self.envs.action_space
-        self.box = torch.from_numpy(np.stack((self.actions.low, self.actions.high)).astype(np.float32))  # (2, A)
+        self.num_inputs, self.space = int(np.prod(self.envs.observation_space.shape)), self.envs.action_space
+        self.box = torch.from_numpy(np.stack((self.space.low, self.space.high)).astype(np.float32))  # (2, A)
         self.is_last = np.zeros(args.num_envs, dtype=bool)
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
 
@@ -167,7 +167,7 @@ class Games:
         s' is the true next observation even at an end, where the next step only resets: a dummy row, of reward 0. What
         lies outside the box is executed on its border; the learner goes on with the actions (N, A) as they were drawn.
         """
-        executed = actions.numpy().astype(self.actions.dtype).clip(self.actions.low, self.actions.high)
+        executed = actions.numpy().astype(self.space.dtype).clip(self.space.low, self.space.high)
         obs, rewards, terminated, truncated, _ = self.envs.step(executed)
         self.returns += rewards
         self.lengths += ~self.is_last
