@@ -39,7 +39,7 @@ EMULATOR = {"episodic_life": True, "noop_max": 60, "repeat_action_probability": 
 LEFT = 4  # of the 18 actions
 LONGEST_HOLD = 500  # steps
 NUM_ENVS = 8
-LENGTHS = {"random": (3, 7_000), "held": (None, 1_500), "LEFT": (None, 1_500)}  # told games per environment, most steps
+LENGTHS = {"random": (3, 7_000), "held": (None, 1_500), "LEFT": (None, 3_000)}  # told games per environment, most steps
 
 # ---- The console's score
 
