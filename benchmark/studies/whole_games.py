@@ -331,13 +331,13 @@ def unreadable(game: str, results: Results) -> str:
 
 
 def number(value: str, digits: int = 1) -> str:
-    return f"{float(value):,.{digits}f}".replace("-0.0", "0.0") if value else ""
+    return f"{round(float(value), digits) + 0.0:,.{digits}f}" if value else ""  # + 0.0: no "-0.0"
 
 
 def interval(row: dict[str, str]) -> str:
-    """Points missing per game, with a 95 % interval over games."""
-    found = number(row["missing_per_game"])
-    return found + (f" [{number(row['missing_low'])}, {number(row['missing_high'])}]" if row["missing_low"] else "")
+    """Points missing per game, with a 95 % interval over games if they differ."""
+    found, low, high = (row[column] for column in ("missing_per_game", "missing_low", "missing_high"))
+    return number(found) + (f" [{number(low)}, {number(high)}]" if low != high else "")
 
 
 def untold_table(results: Results) -> str:
@@ -356,8 +356,12 @@ def missing_table(results: Results) -> str:
     rows, known = [], read_known_scores()
     for game in GAMES:
         own = [results[game, policy] for policy in ("random", "held") if (game, policy) in results]
-        if unreadable(game, results) or not any(
-            float(row[column] or 0) for row in own for column in ("missing_per_lost_life", "missing_at_start")
+        if (
+            len(own) < 2
+            or unreadable(game, results)
+            or not any(
+                float(row[column] or 0) for row in own for column in ("missing_per_lost_life", "missing_at_start")
+            )
         ):
             continue
         row, held = own
