@@ -36,7 +36,7 @@ theory: .venv/.train  ## README's pictures of the theory
 
 confounding: .venv/.train  ## the study of confounding updates (hours); finished runs are skipped
 	.venv/bin/python -m benchmark.confounding
-	.venv/bin/python -m benchmark.confounding_mechanism
+	.venv/bin/python -m benchmark.studies.confounding_mechanism
 
 throughput: .venv/.benchmark  ## how fast the Atari scripts are; leave the machine alone meanwhile (half an hour and more)
 	.venv/bin/python -m benchmark.throughput

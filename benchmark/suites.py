@@ -78,7 +78,7 @@ EARLY = {
     "deep_spi": Algorithm("deep_spi_ppo_atari.py", {"precision": "bf16"}),
     "deep_spi-chunk-1": Algorithm("deep_spi_ppo_atari.py", {"precision": "bf16", "chunk_length": 1}),
     "deepmdp": Algorithm("deepmdp_ppo_atari.py", {"precision": "bf16"}),
-    "sb3": Algorithm("benchmark/sb3_ppo.py"),
+    "sb3": Algorithm("benchmark/peers/sb3_ppo.py"),
 }
 
 # ---- Tasks
@@ -94,7 +94,7 @@ CONTROL_TASKS = [
     for flags, variant in (({}, ""), ({"sticky": 0.25}, "sticky0.25"))
 ]
 
-# Where the authors' PPO plays better than the human tester, in the stochastic setting (atari57_scores.csv). The five of
+# Where the authors' PPO plays better than the human tester, in the stochastic setting (report/atari57_scores.csv). The five of
 # them that suite `pilot` shows to be learned earliest, by the human-normalised return of its final policies in 64 new
 # games (`evaluate.py RUN --episodes 64 --policy sampled`), are the games of `atari5`, `parallelism`, `ablation`. The
 # rule was fixed before the runs, which are in results/suites/pilot.
@@ -149,5 +149,5 @@ MEASURED_SPS = {
     "ppo_baseline.py": (1308, 2),
     "deepmdp_ppo_atari.py": (571, 2),
     "deep_spi_ppo_atari.py": (534, 2),
-    "benchmark/sb3_ppo.py": (478, 2),
+    "benchmark/peers/sb3_ppo.py": (478, 2),
 }

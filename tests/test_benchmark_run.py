@@ -24,11 +24,11 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from benchmark import run as launcher
+from benchmark.launch import launcher, plan, worker
 from benchmark.suites import ATARI57_GAMES, MEASURED_SPS, SUITES
 
 ROOT = Path(__file__).parent.parent
-STEPS = launcher.steps_of({"total_timesteps": SUITES["smoke"].tasks[0].total_timesteps})
+STEPS = plan.steps_of({"total_timesteps": SUITES["smoke"].tasks[0].total_timesteps})
 
 FAKE_SCRIPT = """
 import fcntl, json, pathlib, shutil, sys, time
@@ -101,13 +101,13 @@ def words(script: Path, settings: str = "", seeds: int = 1) -> list[str]:
     return ["--suite=smoke", "--algorithms", algorithm, f"--seeds={seeds}", results]
 
 
-def planned(script: Path, settings: str = "") -> launcher.Work:
+def planned(script: Path, settings: str = "") -> worker.Work:
     """The one run of `words`, ready to be made."""
     suite = SUITES["smoke"]
-    algorithms = dict([launcher.parse_algorithm(words(script, settings)[2], suite)])
-    (run,) = launcher.make_plan(suite, algorithms, seeds=1)
+    algorithms = dict([plan.parse_algorithm(words(script, settings)[2], suite)])
+    (run,) = plan.make_plan(suite, algorithms, seeds=1)
     run_dir = script.parent / "results" / "smoke" / run.name
-    return launcher.Work(run, run_dir, launcher.settings_of(run), {})
+    return worker.Work(run, run_dir, plan.settings_of(run), {})
 
 
 def refusal(capsys, given: list[str]) -> str:
@@ -124,8 +124,8 @@ def refusal(capsys, given: list[str]) -> str:
 
 def test_every_suite_is_accepted_by_its_scripts():
     for suite in SUITES.values():
-        for run in launcher.make_plan(suite, suite.algorithms, seeds=1):
-            args = launcher.script_args(run.script)(**launcher.settings_of(run))
+        for run in plan.make_plan(suite, suite.algorithms, seeds=1):
+            args = plan.script_args(run.script)(**plan.settings_of(run))
             sys.modules[type(args).__module__].check_args(args)
 
 
@@ -136,17 +136,17 @@ def test_atari57_is_57_games_that_envpool_has():
 
 def test_folders_are_deterministic_and_differ():
     suite = SUITES["control"]
-    plan = launcher.make_plan(suite, suite.algorithms, seeds=2)
-    assert plan == launcher.make_plan(suite, suite.algorithms, seeds=2)
-    assert len({run.name for run in plan}) == len(plan) == 3 * 6 * 2
-    sticky = next(run for run in plan if run.name == "additive/CartPole-v1-sticky0.25/2")
+    planned_runs = plan.make_plan(suite, suite.algorithms, seeds=2)
+    assert planned_runs == plan.make_plan(suite, suite.algorithms, seeds=2)
+    assert len({run.name for run in planned_runs}) == len(planned_runs) == 3 * 6 * 2
+    sticky = next(run for run in planned_runs if run.name == "additive/CartPole-v1-sticky0.25/2")
     assert (sticky.env_id, sticky.flags) == ("CartPole-v1", {"sticky": 0.25, "loss_placement": "additive"})
 
 
 def test_settings_are_typed_and_switches_are_understood(script):
     work = planned(script, "learning-rate=1,anneal=False")
     assert (work.settings["learning_rate"], work.settings["anneal"]) == (1.0, False)
-    assert launcher.flag_words(work.run.flags) == ["--learning-rate=1", "--no-anneal"]
+    assert plan.flag_words(work.run.flags) == ["--learning-rate=1", "--no-anneal"]
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,9 @@ def test_estimate_is_for_the_cores_that_the_runs_can_use(
 def test_speed_is_known_with_default_settings_only():
     def cost(flags: dict, cores: int = 1) -> float | None:
         changed = replace(run, flags=flags)
-        return launcher.estimated_seconds(changed, launcher.settings_of(changed), cores)
+        return launcher.estimated_seconds(changed, plan.settings_of(changed), cores)
 
-    run = launcher.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
+    run = plan.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
     seconds = pytest.approx(40_960 / MEASURED_SPS["deep_spi_ppo.py"][0])
     assert cost({}) == cost({}, cores=8) == cost({"sticky": 0.25}) == cost({"chunk_length": "8"}) == seconds
     for changed in ({"chunk_length": 1}, {"num_envs": 8}, {"spectral_norm": "published"}, {"reward_loss_coef": 0.0}):
@@ -231,10 +231,10 @@ def test_speed_is_known_with_default_settings_only():
 def test_plan_file_keeps_what_was_planned_earlier(script):
     work = planned(script)
     path = script.parent / "plan.json"
-    launcher.write_plan(path, [work.run])
-    changed = launcher.Run(**vars(work.run) | {"flags": {"seconds": 1}})
-    other = launcher.Run(**vars(work.run) | {"algorithm": "other"})
-    launcher.write_plan(path, [changed, other])
+    plan.write_plan(path, [work.run])
+    changed = plan.PlannedRun(**vars(work.run) | {"flags": {"seconds": 1}})
+    other = plan.PlannedRun(**vars(work.run) | {"algorithm": "other"})
+    plan.write_plan(path, [changed, other])
     assert [(run["algorithm"], run["flags"]) for run in json.loads(path.read_text())] == [
         ("fake", {"seconds": 1}),
         ("other", {}),
@@ -246,10 +246,10 @@ def test_two_launchers_can_plan_into_one_folder_at_a_time(script, monkeypatch):
         time.sleep(0.3)  # after the file was read
         write_json(path, content)
 
-    write_json, run, path = launcher.write_json, planned(script).run, script.parent / "plan.json"
-    monkeypatch.setattr(launcher, "write_json", write_slowly)
+    write_json, run, path = plan.write_json, planned(script).run, script.parent / "plan.json"
+    monkeypatch.setattr(plan, "write_json", write_slowly)
     with ThreadPoolExecutor() as launchers:
-        list(launchers.map(lambda seed: launcher.write_plan(path, [replace(run, seed=seed)]), (1, 2)))
+        list(launchers.map(lambda seed: plan.write_plan(path, [replace(run, seed=seed)]), (1, 2)))
     assert sorted(run["seed"] for run in json.loads(path.read_text())) == [1, 2]
 
 
@@ -258,13 +258,13 @@ def test_two_launchers_can_plan_into_one_folder_at_a_time(script, monkeypatch):
 
 def test_a_finished_run_is_measured_and_never_made_twice(script):
     work = planned(script)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "missing"
-    launcher.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "missing"
+    worker.make_run(*work)
     done = json.loads((work.run_dir / "done.json").read_text())
     assert done == {"steps": STEPS, "minutes": pytest.approx(STEPS / 1000 / 60), "sps": 1000.0}
-    launcher.make_run(*work)
+    worker.make_run(*work)
     assert starts(script) == ["1"]
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_a_finished_run_is_measured_and_never_made_twice(script):
 def test_an_incomplete_run_is_an_error_and_not_done(script, behaviour, error):
     work = planned(script, f"behaviour={behaviour}")
     with pytest.raises(RuntimeError, match=error):
-        launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings) == ("broken", "it has no done.json")
+        worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings) == ("broken", "it has no done.json")
 
 
 @pytest.mark.parametrize(
@@ -293,15 +293,15 @@ def test_an_incomplete_run_is_an_error_and_not_done(script, behaviour, error):
 )
 def test_a_broken_run_is_named_moved_aside_and_made_again(script, done, why):
     work = planned(script)
-    launcher.make_run(*work)
+    worker.make_run(*work)
     (work.run_dir / "done.json").unlink()
     (work.run_dir / "remains").touch()
     if done is not None:
         (work.run_dir / "done.json").write_text(done)
-    found = launcher.find(work.run_dir, work.run, work.settings)
+    found = worker.find(work.run_dir, work.run, work.settings)
     assert found.state == "broken" and why in found.why
-    launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
     (aside,) = work.run_dir.parent.glob("1.broken-*")
     assert (aside / "remains").exists() and not (work.run_dir / "remains").exists()
 
@@ -327,20 +327,20 @@ def leave_checkpoint(run_dir: Path) -> None:
 def test_a_run_that_was_told_to_stop_is_resumed_at_once(script):
     script.write_text(RESUMABLE_SCRIPT)
     work = planned(script, "behaviour=stop")
-    launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
     assert starts(script) == ["1", "1"] and not list(work.run_dir.parent.glob("1.broken-*"))
-    assert launcher.log_path(work.run_dir).read_text().count("--resume") == 1
+    assert worker.log_path(work.run_dir).read_text().count("--resume") == 1
 
 
 def test_an_interrupted_run_is_resumed(script):
     script.write_text(RESUMABLE_SCRIPT)
     work = planned(script)
-    launcher.make_run(*work)
+    worker.make_run(*work)
     leave_checkpoint(work.run_dir)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "resumable"
-    launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    assert worker.find(work.run_dir, work.run, work.settings).state == "resumable"
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
     assert not list(work.run_dir.parent.glob("1.broken-*")) and starts(script) == ["1", "1"]
 
 
@@ -348,11 +348,11 @@ def test_a_refused_resume_leaves_the_checkpoint_where_it_is(script):
     """It may be this machine that lacks something, a GPU say; the next one goes on."""
     script.write_text(RESUMABLE_SCRIPT)
     work = planned(script, "behaviour=refuse")
-    launcher.make_run(*work)
+    worker.make_run(*work)
     leave_checkpoint(work.run_dir)
     with pytest.raises(RuntimeError, match="code 2"):
-        launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "resumable"
+        worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "resumable"
 
 
 def damage(run_dir: Path) -> None:
@@ -376,17 +376,17 @@ def change_steps(run_dir: Path) -> None:
 def test_what_should_not_be_resumed_is_made_again(script, spoil):
     script.write_text(RESUMABLE_SCRIPT)
     work = planned(script)
-    launcher.make_run(*work)
+    worker.make_run(*work)
     leave_checkpoint(work.run_dir)
     spoil(work.run_dir)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "broken"
-    launcher.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "broken"
+    worker.make_run(*work)
     assert len(list(work.run_dir.parent.glob("1.broken-*"))) == 1
 
 
 def test_a_finished_run_with_other_settings_is_refused(capsys, script):
     work = planned(script)
-    launcher.make_run(*work)
+    worker.make_run(*work)
     for settings, change in (
         ("learning_rate=0.2", "learning_rate is 0.2 and was 0.1"),  # another flag in the plan
         ("anneal=False", "anneal is False and was True"),
@@ -394,11 +394,11 @@ def test_a_finished_run_with_other_settings_is_refused(capsys, script):
         line = refusal(capsys, words(script, settings))
         assert "--results" in line and str(work.run_dir) in line and change in line
     script.write_text(FAKE_SCRIPT.replace("learning_rate: float = 0.1", "learning_rate: float = 0.3"))
-    launcher.script_args.cache_clear(), launcher.parse_flags.cache_clear()
+    plan.script_args.cache_clear(), plan.parse_flags.cache_clear()
     line = refusal(capsys, words(script))  # the script has another default now
     assert "learning_rate is 0.3 and was 0.1" in line
     with pytest.raises(RuntimeError, match="other settings"):
-        launcher.make_run(*planned(script))
+        worker.make_run(*planned(script))
     assert starts(script) == ["1"]
 
 
@@ -407,27 +407,27 @@ def test_environment_of_a_run(script, monkeypatch):
     show = "import os; print({n: os.environ.get(n) for n in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')})\n"
     script.write_text(FAKE_SCRIPT + f"    {show}")
     work = planned(script)
-    launcher.make_run(*work[:3], {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": None})
-    log = launcher.log_path(work.run_dir).read_text()
+    worker.make_run(*work[:3], {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": None})
+    log = worker.log_path(work.run_dir).read_text()
     assert "{'OMP_NUM_THREADS': '3', 'CUDA_VISIBLE_DEVICES': None}" in log
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a script outlives its worker, and is waited for")
 def test_a_killed_worker_takes_its_script_along_and_frees_the_run(script):
     work = planned(script, "seconds=60")
-    assert not launcher.is_being_made(work.run_dir)
-    worker = multiprocessing.get_context("spawn").Process(target=launcher.make_run, args=work)
-    worker.start()
+    assert not worker.is_being_made(work.run_dir)
+    process = multiprocessing.get_context("spawn").Process(target=worker.make_run, args=work)
+    process.start()
     deadline = time.monotonic() + 30
     while not starts(script) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert starts(script) == ["1"] and launcher.is_being_made(work.run_dir)
-    worker.kill()
-    worker.join()
-    while launcher.is_being_made(work.run_dir) and time.monotonic() < deadline:
+    assert starts(script) == ["1"] and worker.is_being_made(work.run_dir)
+    process.kill()
+    process.join()
+    while worker.is_being_made(work.run_dir) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not launcher.is_being_made(work.run_dir)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "broken"
+    assert not worker.is_being_made(work.run_dir)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "broken"
 
 
 # ---- All runs
@@ -449,8 +449,8 @@ def test_local_runs_to_the_end_names_what_failed_and_continues(script):
     assert "FAILED fake/CartPole-v1/2" in done.stderr and "the world model has melted" in done.stderr
     assert "1 of 2 runs are finished" in done.stdout and "2/2" in done.stderr  # the bar counts runs
     assert sorted(starts(script)) == ["1", "2"]
-    plan = json.loads((script.parent / "results" / "smoke" / "plan.json").read_text())
-    assert [(run["label"], run["seed"]) for run in plan] == [("CartPole-v1", 1), ("CartPole-v1", 2)]
+    written = json.loads((script.parent / "results" / "smoke" / "plan.json").read_text())
+    assert [(run["label"], run["seed"]) for run in written] == [("CartPole-v1", 1), ("CartPole-v1", 2)]
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert again.returncode == 1

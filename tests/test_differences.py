@@ -1,23 +1,12 @@
-"""Tests of benchmark/differences.py against scipy's own tests and against repetition."""
+"""Differences of algorithms against scipy's own tests and against repetition."""
 
 import numpy as np
 from scipy import stats
 
-from benchmark.differences import (
-    ALL,
-    FINAL,
-    LAST,
-    LEVEL,
-    POWER,
-    SEED,
-    difference,
-    placement_difference_table,
-    placement_score_table,
-    read_scores,
-    score_table,
-    visible_effect,
-)
-from benchmark.synthetic import make_suite
+from benchmark.report.scores import ALL, FINAL, LAST, LEVEL, POWER, SEED, difference, read_scores, visible_effect
+from benchmark.studies.control import placement_difference_table, placement_score_table
+from benchmark.studies.early import score_table
+from tests.synthetic import make_suite
 
 
 def test_difference_is_welchs():

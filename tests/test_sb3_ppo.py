@@ -1,4 +1,4 @@
-"""benchmark/sb3_ppo.py: the peer trains, leaves what the scripts leave, and its policy can be evaluated."""
+"""benchmark/peers/sb3_ppo.py: the peer trains, leaves what the scripts leave, and its policy can be evaluated."""
 
 import csv
 import json
@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("stable_baselines3", reason="stable_baselines3 is not installed: requirements-benchmark.txt has it")
 
 import evaluate
-from benchmark import sb3_ppo
-from benchmark.collect import read_events
+from benchmark.common import read_events
+from benchmark.peers import sb3_ppo
 
 
 @pytest.fixture(scope="module")

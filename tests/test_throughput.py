@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deep_spi_ppo_atari
 import ppo_baseline
-from benchmark import plain, throughput, throughput_figures
+from benchmark.peers import plain
+from benchmark.studies import throughput
 
 
 @pytest.mark.parametrize("script", [ppo_baseline, deep_spi_ppo_atari])
@@ -50,7 +51,7 @@ def test_frozen_games_are_like_the_real_ones():
 
 def test_ratios_are_of_cases_that_are_measured():
     measured = {*throughput.cases(), "stable_baselines3 A=6", *(f"stages A={a}" for a in throughput.GAMES)}
-    for above, below in throughput_figures.RATIOS.values():
+    for above, below in throughput.RATIOS.values():
         assert {above[0], below[0]} <= measured
 
 
@@ -65,11 +66,11 @@ def test_tables_of_two_rounds(tmp_path):
         table = csv.writer(file)
         table.writerow(("round", "case", "measure", "value"))
         table.writerows((i + 1, *key, pair[i]) for key, pair in values.items() for i in (0, 1))
-    ratios = throughput_figures.ratio_table(tmp_path)
+    ratios = throughput.ratio_table(tmp_path)
     assert "Stable-Baselines3's PPO (float32), A = 6 | 3.00 | 2.00 to 4.00 | 2 |" in ratios
     assert "A = 4" not in ratios  # which no case had
     # (2e12 / 1e11 + 1 second) at best, 1024 / 30 seconds measured
-    assert "| ppo_baseline A=6 | 30 | 1.25 | 8.0 | 62 % |" in throughput_figures.speed_table(tmp_path)
+    assert "| ppo_baseline A=6 | 30 | 1.25 | 8.0 | 62 % |" in throughput.speed_table(tmp_path)
 
 
 def test_operations_are_those_of_the_scripts():
@@ -97,7 +98,7 @@ def test_operations_are_those_of_the_scripts():
 @pytest.mark.slow
 def test_one_case_from_start_to_end():
     # In a process of its own, as this one may be larger than the case, whose peak memory could then not be told.
-    code = "from benchmark.throughput import *; "
+    code = "from benchmark.studies.throughput import *; "
     code += "print(json.dumps(run(Case(('ppo_baseline.py', '--num-envs', '128', '--num-steps', '8'), 6, 1))))"
     done = subprocess.run([sys.executable, "-c", code], cwd=throughput.ROOT, check=True, capture_output=True, text=True)
     result = json.loads(done.stdout)

@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from benchmark.collect import CIRCUMSTANCES, NAMES_OF_A_RUN
-from benchmark.report_runs import WINDOW, Key, Results
+from benchmark.common import CIRCUMSTANCES, NO_SETTINGS
+from benchmark.report.runs import WINDOW, Key, Results
 
 EARLY_SHARE = 0.5  # of the last episodes, from which it is said that they began early
 
@@ -114,7 +114,7 @@ def mixed_circumstances(results: Results) -> list[str]:
         if commit is None or commit.endswith("-dirty"):
             what = "no commit recorded" if commit is None else "files that differ from the commit (`-dirty`)"
             inexact.append((what, run.key))
-        own_names = (*NAMES_OF_A_RUN, "total_timesteps")  # whose unevenness has remarks of its own
+        own_names = (*NO_SETTINGS, "total_timesteps")  # whose unevenness has remarks of its own
         args = {name: value for name, value in run.config["args"].items() if name not in own_names}
         settings[run.algorithm][run.key] = {"script": run.config["script"]} | args
     remarks = mixed(results, circumstances)

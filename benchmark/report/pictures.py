@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmark.report_statistics import Estimates, bounds
+from benchmark.report.aggregation import Estimates, bounds
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

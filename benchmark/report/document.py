@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from benchmark.collect import markdown
+from benchmark.common import markdown
 
 
 class Heading(NamedTuple):

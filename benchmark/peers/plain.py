@@ -1,4 +1,4 @@
-"""The straightforward form of an Atari script: python -m benchmark.plain SCRIPT [the script's own flags]
+"""The straightforward form of an Atari script: python -m benchmark.peers.plain SCRIPT [the script's own flags]
 
 What the scripts do to be fast is undone here: float32 frames in (N, C, H, W) order, minibatches of independent
 transitions with both frames encoded, a transition model that computes every action's outputs and keeps one, as the

@@ -1,4 +1,4 @@
-"""Stable-Baselines3's PPO on the same EnvPool game, in the same shape: python -m benchmark.sb3_ppo --env-id Pong-v5
+"""Stable-Baselines3's PPO on the same EnvPool game, same shape: python -m benchmark.peers.sb3_ppo --env-id Pong-v5
 
 The peer that a user would pick, with `ppo_baseline.py`'s settings, so that the two can be compared in speed and in
 return. It needs Stable-Baselines3 (requirements-benchmark.txt). The run folder is that of the scripts, and evaluate.py
@@ -32,7 +32,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it also starts as a file, as benchmark.run does
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it also starts as a file, as benchmark.run does
 import ppo_baseline
 from ppo_baseline import check_env, envpool, make_envs  # noqa: F401 - what evaluate.py looks for in a script
 

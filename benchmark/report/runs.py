@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmark.collect import CIRCUMSTANCES
-from benchmark.learning_curve import running_mean
+from benchmark.common import CIRCUMSTANCES, running_mean
 
 WINDOW = 100  # episodes
 CURVE_POINTS = 50
@@ -21,7 +20,7 @@ Key = tuple[str, str, int]  # algorithm, task, seed
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run. Scores are nan if no episode has ended."""
 
     algorithm: str
@@ -59,7 +58,7 @@ class Run:
 class Results:
     """All that a suite's folder holds."""
 
-    runs: list[Run]
+    runs: list[FinishedRun]
     plan: list[Key] | None  # the runs to expect
     unfinished: list[Key]  # without done.json
     unreadable: dict[str, str]  # finished, but not to be trusted: folder → why
@@ -114,7 +113,7 @@ def curve_of(ends: np.ndarray, returns: np.ndarray, points: np.ndarray) -> np.nd
     return means[np.searchsorted(ends, points, side="right")]
 
 
-def curve_points(runs: Iterable[Run]) -> np.ndarray:
+def curve_points(runs: Iterable[FinishedRun]) -> np.ndarray:
     """Equally spaced steps up to the end of the shortest run, (CURVE_POINTS,)."""
     return np.linspace(0, min(run.done["steps"] for run in runs), CURVE_POINTS + 1)[1:]
 
@@ -127,7 +126,7 @@ def need(keys: set[str], content: object, name: str) -> None:
         raise ValueError(f"{name} lacks {', '.join(sorted(lacking))}")
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> FinishedRun:
     """A finished run with its scores. Raises FileNotFoundError, or ValueError for files that cannot be right."""
     config, done = (json.loads((folder / name).read_text()) for name in ("config.json", "done.json"))
     need({"script", "args", "versions", *CIRCUMSTANCES}, config, "config.json")
@@ -150,7 +149,7 @@ def read_run(folder: Path) -> Run:
         whole_windows = running_mean(returns, WINDOW)[min(WINDOW, len(returns)) - 1 :]
         scores = [returns[-WINDOW:].mean(), whole_windows.max(), returns.max(), (starts < done["steps"] / 2).mean()]
     algorithm, task, seed = folder.parts[-3:]
-    return Run(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores))
+    return FinishedRun(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores))
 
 
 def read_plan(path: Path) -> list[Key]:

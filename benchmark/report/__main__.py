@@ -1,0 +1,6 @@
+"""A suite's report: python -m benchmark.report DIR, see benchmark/report/report.py"""
+
+from benchmark.report.report import main
+
+if __name__ == "__main__":
+    main()
