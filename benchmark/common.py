@@ -1,6 +1,8 @@
 """What several rooms of the benchmark share: a run's files, tables, and the interval of a mean."""
 
 import csv
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,24 @@ NAMES_OF_A_RUN = ("run_dir", "track", "checkpoint_interval", "runs_dir", "run_na
 NO_SETTINGS = (*NAMES_OF_A_RUN, "env_id", "seed", "compile")  # have a column of their own, or change rounding only
 CIRCUMSTANCES = ("device", "precision", "torch_threads", "machine", "git_commit")  # of config.json, beside `versions`
 CURVE_PARTS = 50
+
+
+def speak_utf8() -> None:
+    """Have this process print UTF-8 in any locale, as its texts have Greek letters, and paths byte by byte.
+
+    Files that are read or written name their encoding where they are opened.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is there, and every part of it has the check sum with which torch.save wrote it."""
+    try:
+        with zipfile.ZipFile(path) as content:
+            return content.testzip() is None
+    except (OSError, zipfile.BadZipFile, NotImplementedError):  # the last for a flag that damage has set
+        return False
 
 
 def read_events(run_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -68,7 +88,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file; none if there is no such file."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -3,7 +3,6 @@
 All but one test use a training script that does nothing but write the files of one, so that they take no time.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = plan.steps_of({"total_timesteps": SUITES["smoke"].tasks[0].total_timesteps})
 
 FAKE_SCRIPT = """
-import fcntl, json, pathlib, shutil, sys, time
+import fcntl, json, pathlib, shutil, sys, time, zipfile
 from dataclasses import dataclass, fields
 
 @dataclass
@@ -44,8 +44,7 @@ class Args:
     behaviour: str = "well"
     bad_seed: int = 0
     anneal: bool = True
-    runs_dir: str = "runs"
-    run_name: str = ""
+    run_dir: str = ""
 
 if __name__ == "__main__":
     here = pathlib.Path(__file__).parent
@@ -53,8 +52,9 @@ if __name__ == "__main__":
     args = Args(**{f.name: f.type(given[f.name.replace("_", "-")]) for f in fields(Args)
                    if f.name.replace("_", "-") in given}, anneal="--no-anneal" not in sys.argv)
     behaviour = args.behaviour if args.bad_seed in (0, args.seed) else "well"
-    run_dir = pathlib.Path(args.runs_dir) / args.run_name
-    run_dir.mkdir(parents=True)
+    run_dir = pathlib.Path(args.run_dir)
+    going_on = (run_dir / "checkpoint.pt").exists()
+    run_dir.mkdir(parents=True, exist_ok=going_on)
     alone = open(here / f"{run_dir.parents[1].name}-{args.seed}.alone", "w")
     try:
         fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,11 +62,19 @@ if __name__ == "__main__":
         (here / "two at a time").touch()
     with open(here / "starts", "a") as starts:
         starts.write(f"{args.seed}\\n")
-    (run_dir / "config.json").write_text(json.dumps({"script": "fake.py", "args": vars(args)}))
+    settings = vars(args) | ({"learning_rate": 9.9} if behaviour == "change" else {})
+    (run_dir / "config.json").write_text(json.dumps({"script": "fake.py", "args": settings}))
     (run_dir / "episodes.csv").write_text("global_step,return,length\\n")
     time.sleep(args.seconds)
     if behaviour == "fail":
         sys.exit("the world model has melted")
+    if behaviour in ("diverge", "full disk", "stop") and not going_on:
+        with zipfile.ZipFile(run_dir / "checkpoint.pt", "w") as checkpoint:
+            checkpoint.writestr("state", "state")
+        diverged = "error: stopped at step 2048: losses/value_loss is not finite: nan"
+        sys.exit({"diverge": diverged, "full disk": "error: [Errno 28] No space left", "stop": 75}[behaviour])
+    if behaviour == "refuse" and going_on:
+        sys.exit(2)
     if behaviour != "silent":
         events = "short" if behaviour == "short" else "whole"
         shutil.copy(here / events, run_dir / "events.out.tfevents.1")
@@ -306,35 +314,22 @@ def test_a_broken_run_is_named_moved_aside_and_made_again(script, done, why):
     assert (aside / "remains").exists() and not (work.run_dir / "remains").exists()
 
 
-RESUMABLE_SCRIPT = FAKE_SCRIPT.replace("mkdir(parents=True)", "mkdir(parents=True, exist_ok='--resume' in sys.argv)")
-RESUMABLE_SCRIPT = RESUMABLE_SCRIPT.replace(
-    "    time.sleep(args.seconds)\n",
-    """    if behaviour == "stop" and "--resume" not in sys.argv:
-        sys.exit(75)
-    if behaviour == "refuse" and "--resume" in sys.argv:
-        sys.exit(2)
-""",
-)
-
-
 def leave_checkpoint(run_dir: Path) -> None:
     """As a run that was interrupted does: a whole checkpoint, no weights, nothing to say it is done."""
-    (run_dir / "checkpoint.pt").write_bytes(hashlib.sha256(b"state").digest() + b"state")
+    with zipfile.ZipFile(run_dir / "checkpoint.pt", "w") as checkpoint:
+        checkpoint.writestr("state", "state")
     for name in ("agent.pt", "done.json"):
         (run_dir / name).unlink()
 
 
 def test_a_run_that_was_told_to_stop_is_resumed_at_once(script):
-    script.write_text(RESUMABLE_SCRIPT)
     work = planned(script, "behaviour=stop")
     worker.make_run(*work)
     assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
     assert starts(script) == ["1", "1"] and not list(work.run_dir.parent.glob("1.broken-*"))
-    assert worker.log_path(work.run_dir).read_text().count("--resume") == 1
 
 
 def test_an_interrupted_run_is_resumed(script):
-    script.write_text(RESUMABLE_SCRIPT)
     work = planned(script)
     worker.make_run(*work)
     leave_checkpoint(work.run_dir)
@@ -346,7 +341,6 @@ def test_an_interrupted_run_is_resumed(script):
 
 def test_a_refused_resume_leaves_the_checkpoint_where_it_is(script):
     """It may be this machine that lacks something, a GPU say; the next one goes on."""
-    script.write_text(RESUMABLE_SCRIPT)
     work = planned(script, "behaviour=refuse")
     worker.make_run(*work)
     leave_checkpoint(work.run_dir)
@@ -355,14 +349,31 @@ def test_a_refused_resume_leaves_the_checkpoint_where_it_is(script):
     assert worker.find(work.run_dir, work.run, work.settings).state == "resumable"
 
 
+def test_a_run_that_diverged_is_made_again_from_the_start(script):
+    """Gone on with, in fresh environments, it might not diverge; a run that met a full disk goes on."""
+    work = planned(script, "behaviour=diverge")
+    with pytest.raises(RuntimeError, match="value_loss is not finite"):
+        worker.make_run(*work)
+    found = worker.find(work.run_dir, work.run, work.settings)
+    assert found == ("broken", "it diverged: error: stopped at step 2048: losses/value_loss is not finite: nan")
+    with pytest.raises(RuntimeError, match="value_loss is not finite"):
+        worker.make_run(*work)
+    assert len(list(work.run_dir.parent.glob("1.broken-*"))) == 1
+    full = planned(script, "behaviour=full disk")
+    shutil.rmtree(work.run_dir)
+    with pytest.raises(RuntimeError, match="No space left"):
+        worker.make_run(*full)
+    assert worker.find(full.run_dir, full.run, full.settings).state == "resumable"
+
+
 def damage(run_dir: Path) -> None:
-    (run_dir / "checkpoint.pt").write_bytes(b"damaged" * 100)
+    content = bytearray((run_dir / "checkpoint.pt").read_bytes())
+    content[content.index(b"state", 30 + len("state"))] ^= 1  # in the content of its only part, after head and name
+    (run_dir / "checkpoint.pt").write_bytes(content)
 
 
-def diverge(run_dir: Path) -> None:
-    """What a script leaves that met a value that is not finite: weights, and logs that end early."""
-    (run_dir / "agent.pt").write_text("weights from before")
-    shutil.copy(run_dir.parents[4] / "short", run_dir / "events.out.tfevents.1")
+def cut(run_dir: Path) -> None:
+    (run_dir / "checkpoint.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes()[:-1])
 
 
 def change_steps(run_dir: Path) -> None:
@@ -372,16 +383,93 @@ def change_steps(run_dir: Path) -> None:
     (run_dir / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("spoil", [damage, diverge, change_steps])
+@pytest.mark.parametrize("spoil", [damage, cut, change_steps])
 def test_what_should_not_be_resumed_is_made_again(script, spoil):
-    script.write_text(RESUMABLE_SCRIPT)
     work = planned(script)
     worker.make_run(*work)
     leave_checkpoint(work.run_dir)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "resumable"
     spoil(work.run_dir)
     assert worker.find(work.run_dir, work.run, work.settings).state == "broken"
     worker.make_run(*work)
     assert len(list(work.run_dir.parent.glob("1.broken-*"))) == 1
+
+
+# ---- Scripts that are not ours
+
+
+def test_a_script_that_changes_its_settings_is_told_so_before_the_suite_is_paid_for(script, capsys):
+    """Its run would be complete, and never the planned one. It is stopped at once, and so is the suite."""
+    began = time.monotonic()
+    assert launcher.main([*words(script, "behaviour=change,seconds=60", seeds=5), "--workers=1", "--evaluate=0"]) == 1
+    assert time.monotonic() - began < 40 and starts(script) == ["1"]
+    said = capsys.readouterr().err
+    assert "its settings are not the plan's: learning_rate is 0.1 and was 9.9" in said
+    assert "killed" not in said and "no run of that script can be finished" in said
+
+
+def test_a_path_is_a_setting_like_others(script):
+    setting = '    run_dir: str = ""\n    data: pathlib.Path = pathlib.Path("a")\n'
+    text = FAKE_SCRIPT.replace('    run_dir: str = ""\n', setting)
+    script.write_text(text.replace("json.dumps({", "json.dumps(default=str, obj={"))
+    for settings, data in (("", "a"), ("data=/some/where", "/some/where")):
+        work = planned(script, settings)
+        assert work.settings["data"] == data
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
+
+
+def test_a_module_beside_the_script_is_found_and_is_its_own(script, tmp_path):
+    """Two scripts, each with a helper.py of its own beside it."""
+    for name, rate in (("one", 0.25), ("two", 0.75)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "helper.py").write_text(f"RATE = {rate}\n")
+        text = "from helper import RATE\n" + FAKE_SCRIPT.replace(
+            "learning_rate: float = 0.1", "learning_rate: float = RATE"
+        )
+        (folder / "fake.py").write_text(text)
+        shutil.copy(tmp_path / "whole", folder / "whole")
+        assert planned(folder / "fake.py").settings["learning_rate"] == rate
+    work = planned(tmp_path / "one" / "fake.py")
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
+
+
+def test_a_script_without_a_folder_to_set_is_refused(script, capsys):
+    script.write_text(FAKE_SCRIPT.replace("run_dir: str", "my_dir: str"))
+    assert "run_dir" in refusal(capsys, words(script))
+
+
+def test_the_scripts_own_refusal_is_shown(script, capsys):
+    check = """
+    def __post_init__(self):
+        if self.learning_rate < 0:
+            print("error: --learning-rate: got -1.0; must be at least 0", file=sys.stderr)
+            sys.exit(2)
+
+if __name__ == "__main__":"""
+    script.write_text(FAKE_SCRIPT.replace('if __name__ == "__main__":', check, 1))
+    line = refusal(capsys, words(script, "learning_rate=-1"))
+    assert "--learning-rate: got -1.0; must be at least 0" in line
+
+
+def test_a_slash_in_an_environments_name_is_no_folder():
+    task = replace(SUITES["smoke"].tasks[0], env_id="ALE/Pong-v5")
+    (run,) = plan.make_plan(replace(SUITES["smoke"], tasks=[task]), {"ppo": SUITES["smoke"].algorithms["ppo"]}, seeds=1)
+    assert (run.name, run.env_id) == ("ppo/ALE-Pong-v5/1", "ALE/Pong-v5")
+
+
+def test_the_plan_is_printed_in_any_locale(script):
+    """A Greek letter in an algorithm's folder, and nothing but ASCII in the locale."""
+    folder = script.parent / "α"
+    folder.mkdir()
+    shutil.copy(script, folder / "fake.py")
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "benchmark.run", *words(folder / "fake.py"), "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ascii_only, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "α/fake.py" in done.stdout.decode()
 
 
 def test_a_finished_run_with_other_settings_is_refused(capsys, script):

@@ -11,6 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
+from benchmark.common import NAMES_OF_A_RUN
 from benchmark.launch.plan import PlannedRun, write_plan
 
 
@@ -28,24 +29,26 @@ def keep(source: Path, target: Path) -> int:
         copy = target / run_dir.relative_to(source)
         if copy.exists() and not (copy / "done.json").exists():
             raise SystemExit(f"error: TO: {copy} is an unfinished run; move it away")
-        config = json.loads((run_dir / "config.json").read_text())
+        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
         config.pop("script_path", None)
-        config["args"] |= {"runs_dir": "", "run_name": run_dir.name}
+        config["args"] |= {name: "" for name in ("run_dir", "runs_dir") if name in config["args"]}
         if copy.exists():
-            kept_config = json.loads((copy / "config.json").read_text())
+            kept_config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
             old, new = (each["args"] | {"script": each["script"]} for each in (kept_config, config))
-            if differ := sorted(name for name, value in new.items() if name != "runs_dir" and old.get(name) != value):
+            if differ := sorted(
+                name for name, value in new.items() if name not in NAMES_OF_A_RUN and old.get(name) != value
+            ):
                 raise SystemExit(f"error: TO: {copy} is a run with another {', '.join(differ)}; move it away")
             if (copy / "episodes.csv").read_bytes() != (run_dir / "episodes.csv").read_bytes():
                 (copy / "evaluation.csv").unlink(missing_ok=True)  # that of the run which is replaced
         copy.mkdir(parents=True, exist_ok=True)
-        (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(run_dir / "episodes.csv", copy / "episodes.csv")
         if (run_dir / "evaluation.csv").exists():
             shutil.copyfile(run_dir / "evaluation.csv", copy / "evaluation.csv")
         shutil.copyfile(run_dir / "done.json", copy / "done.json")  # last, as it marks the run as finished
     if (source / "plan.json").exists():
-        plan = [PlannedRun(**run) for run in json.loads((source / "plan.json").read_text())]
+        plan = [PlannedRun(**run) for run in json.loads((source / "plan.json").read_text(encoding="utf-8"))]
         write_plan(target / "plan.json", plan)  # which leaves in it what was planned there
     return len(kept)
 

@@ -33,7 +33,16 @@ from benchmark.launch.plan import (
     steps_of,
     write_plan,
 )
-from benchmark.launch.worker import LAST_LINES, Work, find, is_being_made, make_run
+from benchmark.launch.worker import (
+    CHANGED_SETTINGS,
+    LAST_LINES,
+    Work,
+    find,
+    is_being_made,
+    is_evaluated,
+    log_path,
+    make_run,
+)
 from benchmark.suites import MEASURED_SPS, SUITES
 
 COST_NOTHING = ("sticky", "repeat_action_probability", "noop_max")  # arguments that change no speed
@@ -110,9 +119,10 @@ def estimated_seconds(run: PlannedRun, settings: dict, cores: int) -> float | No
     return steps_of(settings) / sps * threads / min(threads, cores)
 
 
-def print_plan(plan: list[PlannedRun], settings: dict[str, dict], todo: list[Work], args: argparse.Namespace) -> None:
+def print_plan(
+    plan: list[PlannedRun], settings: dict[str, dict], left: list[PlannedRun], args: argparse.Namespace
+) -> None:
     """The plan, a line per algorithm and task, and an estimate of its time on the cores that it can use."""
-    left = [work.run for work in todo]
     groups = defaultdict(list)
     for run in plan:
         groups[run.algorithm, run.label].append(run)
@@ -144,6 +154,12 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--algorithms", nargs="+", help="some of the suite's, or NAME=SCRIPT[:FLAG=VALUE,...] (default: the suite's)"
     )
     parser.add_argument("--seeds", type=int, help="seeds 1 to this many (default: the suite's)")
+    parser.add_argument(
+        "--evaluate",
+        type=int,
+        metavar="N",
+        help="new games that each final policy plays (0: none; default: the suite's)",
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "benchmark", help="(default: runs/benchmark)")
     parser.add_argument("--executor", default="local", help="local or slurm (default: local)")
     parser.add_argument("--workers", type=int, default=1, help="local: runs side by side (1)")
@@ -170,6 +186,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     rule = "must be at least 5: SLURM may say as early as 150 s before the end that it is near"
     check(args.executor != "slurm" or args.time >= 5, "time", args.time, rule)
     check(args.gpus_per_task >= 0, "gpus-per-task", args.gpus_per_task, "must be at least 0")
+    check(args.evaluate is None or args.evaluate >= 0, "evaluate", args.evaluate, "must be at least 0")
     if args.executor == "slurm" and not args.dry_run:
         absent = [command for command in ("sbatch", "srun", "squeue") if shutil.which(command) is None]
         check(not absent, "executor", "slurm", f"this machine has no {', '.join(absent)}; allowed here: local")
@@ -191,30 +208,37 @@ def main(words: list[str] | None = None) -> int:
     suite_dir = args.results.resolve() / args.suite
     settings = {run.name: settings_of(run) for run in plan}
 
+    games = suite.evaluate if args.evaluate is None else args.evaluate
+
     # A progress bar would fill the log.
     environment = {"OMP_NUM_THREADS": str(args.cpus_per_task), "TQDM_DISABLE": "1"}
     if args.executor == "local":
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would hide every GPU
-    todo, others = [], []
+    todo, left, others = [], [], []
     for run in plan:
         run_dir = suite_dir / run.name
         found = find(run_dir, run, settings[run.name])
         if found.state == "other":
             others.append(f"{run_dir}: {found.why}")
-        elif found.state != "finished":
-            todo.append(Work(run, run_dir, settings[run.name], environment))
-            if is_being_made(run_dir):
-                print(f"{run.name} is being made by another launcher's worker; will wait for it")
-            elif found.state == "resumable":
-                print(f"{run.name} was interrupted, will be resumed from its checkpoint")
-            elif found.state == "broken":
-                print(f"{run.name} is broken, will be moved aside and run again: {found.why}")
+            continue
+        if found.state != "finished":
+            left.append(run)
+        elif is_evaluated(run_dir, games):
+            continue
+        todo.append(Work(run, run_dir, settings[run.name], environment, games))
+        if is_being_made(run_dir):
+            print(f"{run.name} is being made by another launcher's worker; will wait for it")
+        elif found.state == "resumable":
+            print(f"{run.name} was interrupted, will be resumed from its checkpoint")
+        elif found.state == "broken":
+            print(f"{run.name} is broken, will be moved aside and run again: {found.why}")
     more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
     rule = "has finished runs with other settings: move them away, or give another folder: "
     check(not others, "results", str(args.results), rule + "".join(others[:1]) + more)
 
     if args.dry_run:
-        print_plan(plan, settings, todo, args)
+        print_plan(plan, settings, left, args)
+        print(f"each final policy plays {games} games; {len(todo) - len(left)} finished runs have only that to do")
         return 0
     write_plan(suite_dir / "plan.json", plan)
     jobs_dir = suite_dir / ".jobs" / str(time.time_ns())
@@ -229,14 +253,23 @@ def main(words: list[str] | None = None) -> int:
                 found = find(work.run_dir, work.run, work.settings)
                 if found.state != "finished":
                     failed.append(work.run.name)
-                    lines = job_log.read_text(errors="replace").splitlines() if job_log.exists() else []
+                    lines = job_log.read_bytes().decode(errors="replace").splitlines() if job_log.exists() else []
                     shown = lines[-LAST_LINES - 1 :] or ["its worker was killed before it wrote anything"]
+                    if found.why.startswith(CHANGED_SETTINGS):
+                        shown = [found.why]
                     bar.write("\n  ".join([f"FAILED {work.run.name}", *shown]), file=sys.stderr)
+                    if found.why.startswith(CHANGED_SETTINGS):  # so would every run of that script: all in vain
+                        print("error: stopped, as no run of that script can be finished", file=sys.stderr)
+                        return 1
+                elif not is_evaluated(work.run_dir, games):
+                    bar.write(f"{work.run.name} is finished, but not evaluated: see {log_path(work.run_dir)}")
                 bar.update()
     except KeyboardInterrupt:
-        ended.close()
         print("stopped; finished runs are kept, and the same command continues", file=sys.stderr)
         return 130
+    finally:
+        if hasattr(ended, "close"):
+            ended.close()  # which cancels the jobs that are left
     print(f"{len(plan) - len(failed)} of {len(plan)} runs are finished, in {suite_dir}")
     if failed:
         print(f"error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)

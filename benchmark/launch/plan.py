@@ -18,7 +18,7 @@ import tyro
 from benchmark.common import NAMES_OF_A_RUN, ROOT
 from benchmark.suites import Algorithm, Suite
 
-NAMED_BY_THE_PLAN = ("env_id", "seed", "total_timesteps", "runs_dir", "run_name")
+NAMED_BY_THE_PLAN = ("env_id", "seed", "total_timesteps", "run_dir")
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,38 @@ def flag_words(flags: dict[str, object]) -> list[str]:
 @functools.cache
 def script_args(script: str) -> type:
     """The script's `Args`, which are its settings and their defaults. Raises SystemExit(2) if it has none."""
-    spec = importlib.util.spec_from_file_location(f"script {script}", ROOT / script)  # a name that no import has
+    path = ROOT / script
+    spec = importlib.util.spec_from_file_location(f"script {script}", path)  # a name that no import has
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
+    known, beside = set(sys.modules), str(path.parent)
+    sys.path.insert(0, beside)  # as Python does for a script that it starts
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(beside)
+        for name in set(sys.modules) - known:  # another script may have another module of that name beside it
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).parent == path.parent != ROOT and "." not in name:
+                del sys.modules[name]
     check(hasattr(module, "Args"), "algorithms", script, "the script needs its settings in a dataclass Args")
+    lacking = set(NAMED_BY_THE_PLAN) - {field.name for field in fields(module.Args)}
+    rule = f"the script's Args need {', '.join(sorted(lacking))}, which the launcher sets"
+    check(not lacking, "algorithms", script, rule)
     return module.Args
 
 
 @functools.cache
 def parse_flags(script: str, words: tuple[str, ...]) -> dict[str, object]:
     """All settings of the script, as it would read them from this command line. Raises SystemExit(2) for bad ones."""
-    args_class = script_args(script)
+    args_class, said = script_args(script), io.StringIO()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # tyro's own message is a box of many lines
+        with contextlib.redirect_stderr(said):  # tyro's own message is a box of many lines
             return vars(tyro.cli(args_class, args=words))
     except SystemExit:
-        check(False, "algorithms", " ".join(words), f"not a setting of {script}: see python {script} --help")
+        own = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+        why = own[-1].removeprefix("error: ") if own else f"not a setting of {script}: see python {script} --help"
+        check(False, "algorithms", " ".join(words), why)
 
 
 def settings_of(run: PlannedRun) -> dict[str, object]:
@@ -118,10 +133,10 @@ def settings_of(run: PlannedRun) -> dict[str, object]:
     for flag in run.flags:
         closest = ", ".join(difflib.get_close_matches(flag, allowed, cutoff=0.4)) or ", ".join(allowed)
         check(flag in allowed, "algorithms", flag, f"not for an algorithm to set in {run.script}; closest: {closest}")
-    settings = parse_flags(run.script, tuple(flag_words(run.flags)))
-    settings = settings | {"env_id": run.env_id, "seed": run.seed, "total_timesteps": run.total_timesteps}
+    task = {"env_id": run.env_id, "total_timesteps": run.total_timesteps}
+    settings = parse_flags(run.script, tuple(flag_words(run.flags | task))) | {"seed": run.seed}
     settings = {name: value for name, value in settings.items() if name not in NAMES_OF_A_RUN}
-    return json.loads(json.dumps(settings))  # as config.json will have them
+    return json.loads(json.dumps(settings, default=str))  # as config.json will have them: a Path is text there
 
 
 def steps_of(settings: dict) -> int:
@@ -133,9 +148,9 @@ def steps_of(settings: dict) -> int:
 def write_plan(path: Path, plan: list[PlannedRun]) -> None:
     """Write the runs in place of what the file had of them; runs planned earlier stay in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "a") as lock:  # other launchers may plan into the same folder
+    with open(path.with_name(f"{path.name}.lock"), "a", encoding="utf-8") as lock:  # other launchers may plan here too
         fcntl.flock(lock, fcntl.LOCK_EX)
-        planned = json.loads(path.read_text()) if path.exists() else []
+        planned = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         runs = {(run["algorithm"], run["label"], run["seed"]): run for run in planned + [asdict(run) for run in plan]}
         write_json(path, list(runs.values()))
 
@@ -143,7 +158,7 @@ def write_plan(path: Path, plan: list[PlannedRun]) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write the file so that whatever happens it is there whole, or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -105,7 +105,7 @@ def bounds(estimated: Estimate, i: int) -> tuple[float, float, float]:
 
 def number(value: float) -> str:
     """A number as a table shows it: four digits, but whole from 1,000 on, and never more than three decimals."""
-    return f"{value:,.{sum(abs(value) < size for size in (10, 100, 1000))}f}"
+    return f"{value:z,.{sum(abs(value) < size for size in (10, 100, 1000))}f}"
 
 
 def with_interval(estimated: Estimate, i: int) -> str:

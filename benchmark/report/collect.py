@@ -21,7 +21,7 @@ def is_finished(run_dir: Path) -> bool:
     """Whether the run has logged its last step and written its weights, which one stopped by a bad loss has too."""
     if not (run_dir / "agent.pt").exists():
         return False
-    args = json.loads((run_dir / "config.json").read_text())["args"]
+    args = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["args"]
     rollout = args["num_envs"] * args["num_steps"]
     logged = read_events(run_dir).get("charts/SPS")
     return logged is not None and logged[0][-1] == args["total_timesteps"] // rollout * rollout
@@ -34,7 +34,7 @@ def write_table(path: Path, rows: list[dict], runs: set[tuple]) -> None:
         return row["script"], row["env_id"], int(row["seed"])
 
     rows = [row for row in read_table(path) if run_of(row) not in runs] + rows
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=run_of))
@@ -45,7 +45,7 @@ def collect(runs_dir: Path, out: Path) -> int:
     summary, curves, metrics, runs = [], [], [], set()
     run_dirs = sorted(path.parent for path in runs_dir.rglob("config.json"))
     for run_dir in filter(is_finished, run_dirs):
-        config = json.loads((run_dir / "config.json").read_text())
+        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
         args = config["args"]
         key = {"script": config["script"], "env_id": args["env_id"], "seed": args["seed"]}
         runs.add(tuple(key.values()))

@@ -1,7 +1,7 @@
 """The documents' tables and pictures from the committed results: python -m benchmark.figures
 
-Each table stands in README.md, or in benchmark/README.md, between `<!-- table: NAME -->` and `<!-- end -->`, and is
-written anew there.
+Each table stands in README.md, in benchmark/README.md or in docs/, between `<!-- table: NAME -->` and `<!-- end -->`,
+and is written anew there.
 """
 
 import re
@@ -9,9 +9,9 @@ import re
 from benchmark.common import RESULTS, ROOT, markdown
 from benchmark.report.scores import read_scores
 from benchmark.studies import atari_200k, confounding, confounding_mechanism, control, early, pilot, throughput
-from benchmark.suites import MEASURED_SPS, SUITES
+from benchmark.suites import MEASURED_SPS, PRICED_AS, SUITES
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmark" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmark" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def cost_table() -> str:
@@ -20,7 +20,8 @@ def cost_table() -> str:
     for name, suite in SUITES.items():
         runs = len(suite.algorithms) * len(suite.tasks) * suite.seeds
         steps = suite.seeds * sum(task.total_timesteps for task in suite.tasks)  # of one algorithm
-        speeds = [MEASURED_SPS[algorithm.script] for algorithm in suite.algorithms.values()]
+        scripts = [PRICED_AS.get(algorithm.script, algorithm.script) for algorithm in suite.algorithms.values()]
+        speeds = [MEASURED_SPS[script] for script in scripts]
         hours = sum(steps / sps * threads for sps, threads in speeds) / 3600
         rows.append([f"`{name}`", f"{runs:,}", f"{len(speeds) * steps / 1e6:,.1f} M", f"{hours:,.1f}"])
     return markdown(["suite", "runs", "agent steps in all", "core-hours"], rows)
@@ -55,9 +56,9 @@ def with_tables(document: str) -> str:
 def main() -> None:
     """Tables and pictures."""
     for document in DOCUMENTS:
-        document.write_text(with_tables(document.read_text()))
+        document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
     control.draw()
     throughput.draw(RESULTS)
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
     confounding_mechanism.draw(confounding.FOLDER)
-    print("both README.md and the pictures in benchmark/results are up to date with the CSV files there")
+    print("the documents and the pictures in benchmark/results are up to date with the CSV files there")

@@ -23,7 +23,7 @@ def draw(run_dir: Path) -> Path:
     if len(steps) == 0:
         print(f"error: {run_dir / 'episodes.csv'}: no episode has ended yet", file=sys.stderr)
         raise SystemExit(2)
-    config = json.loads((run_dir / "config.json").read_text())
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, returns, ".", markersize=2, color="0.75", label="one episode")
     axes.plot(steps, running_mean(returns, 100), color="C0", linewidth=2, label="mean of the last 100 episodes")

@@ -41,8 +41,8 @@ class FinishedRun:
 
     @property
     def game(self) -> str:
-        """`Pong` of `Pong-v5`."""
-        return re.sub(r"-v\d+$", "", self.config["args"]["env_id"])
+        """`Pong` of `Pong-v5`, or of `ALE/Pong-v5`."""
+        return re.sub(r"-v\d+$", "", self.config["args"]["env_id"].rpartition("/")[2])
 
     @property
     def episodes(self) -> int:
@@ -128,7 +128,7 @@ def need(keys: set[str], content: object, name: str) -> None:
 
 def read_run(folder: Path) -> FinishedRun:
     """A finished run with its scores. Raises FileNotFoundError, or ValueError for files that cannot be right."""
-    config, done = (json.loads((folder / name).read_text()) for name in ("config.json", "done.json"))
+    config, done = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "done.json"))
     need({"script", "args", "versions", *CIRCUMSTANCES}, config, "config.json")
     need({"env_id", "total_timesteps"}, config["args"], "args of config.json")
     need(set(), config["versions"], "versions of config.json")
@@ -155,7 +155,9 @@ def read_run(folder: Path) -> FinishedRun:
 def read_plan(path: Path) -> list[Key]:
     """The runs to expect. Raises ValueError that names the file."""
     try:
-        return [(row["algorithm"], row["label"], int(row["seed"])) for row in json.loads(path.read_text())]
+        return [
+            (row["algorithm"], row["label"], int(row["seed"])) for row in json.loads(path.read_text(encoding="utf-8"))
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a list of runs: {error!r}") from None
 

@@ -1,11 +1,16 @@
 """What is missing or uneven in a suite's runs: all that keeps the report's numbers from meaning what they seem to."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
 from benchmark.common import CIRCUMSTANCES, NO_SETTINGS
 from benchmark.report.runs import WINDOW, Key, Results
 
+INEXACT = {  # by the end of what is recorded for a commit
+    "-dirty": "files that differ from the commit (`-dirty`)",
+    "-untracked": "a script that is in no commit (`-untracked`)",
+}
 EARLY_SHARE = 0.5  # of the last episodes, from which it is said that they began early
 
 
@@ -111,9 +116,9 @@ def mixed_circumstances(results: Results) -> list[str]:
         versions = {f"version of {name}": version for name, version in run.config["versions"].items()}
         circumstances[run.key] = {name: run.config[name] for name in CIRCUMSTANCES} | versions
         commit = run.config["git_commit"]
-        if commit is None or commit.endswith("-dirty"):
-            what = "no commit recorded" if commit is None else "files that differ from the commit (`-dirty`)"
-            inexact.append((what, run.key))
+        if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+            ending = next((text for ending, text in INEXACT.items() if (commit or "").endswith(ending)), "")
+            inexact.append((ending or f"`{commit}` is no commit" if commit else "no commit recorded", run.key))
         own_names = (*NO_SETTINGS, "total_timesteps")  # whose unevenness has remarks of its own
         args = {name: value for name, value in run.config["args"].items() if name not in own_names}
         settings[run.algorithm][run.key] = {"script": run.config["script"]} | args

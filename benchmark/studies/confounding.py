@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def provenance() -> dict[str, str]:
 def append_row(path: Path, columns: list[str], row: dict) -> None:
     """Add a line to a CSV file; the header too, if the file is new."""
     is_new = not path.exists()
-    with open(path, "a", newline="") as file:
+    with open(path, "a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
@@ -155,7 +156,7 @@ def rows_by_run(path: Path, columns: list[str]) -> dict[tuple[str, ...], dict]:
     """The rows of a CSV file by their run, none if there is no file. Raises SystemExit(2) if it is damaged."""
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
     if reader.fieldnames != columns:
@@ -284,7 +285,7 @@ def summary(groups: dict[str, Runs]) -> str:
             tables[f"Deep SPI − {cg.METHODS[other]}"] = differences(runs, other, list(cg.METRICS))
         rows = [cg.summary_row(name, table).strip() for name, table in tables.items() if len(table)]
         lines += [f"| {setting} {row}" for row in rows]
-    return "\n".join(lines) + "\n"
+    return re.sub(r"-(0\.0+)(?!\d)", r"\1", "\n".join(lines) + "\n")  # no -0.00
 
 
 def drawdown_table(groups: dict[str, Runs]) -> str:
@@ -313,7 +314,7 @@ def final_value(runs: dict[int, dict]) -> float:
 def cell(x: np.ndarray) -> str:
     """Mean of x (runs,) with its 95 % interval."""
     low, high = cg.mean_interval(x)
-    return f"{x.mean():.2f}" + (f" [{low:.2f}, {high:.2f}]" if len(x) > 1 else "")
+    return f"{x.mean():z.2f}" + (f" [{low:z.2f}, {high:z.2f}]" if len(x) > 1 else "")
 
 
 def draw_values(groups: dict[str, Runs], path: Path) -> None:
@@ -365,7 +366,7 @@ def summarize() -> None:
     draw_pictures(groups)
     done = [finished[key] for key in plan() if key in finished]
     text = summary(groups) + f"\n{origin(done)}. Failed runs: {'; '.join(failures()) or 'none'}.\n"
-    (FOLDER / "summary.md").write_text(text)
+    (FOLDER / "summary.md").write_text(text, encoding="utf-8")
     hours = sum(run["seconds"] for run in done) / 3600
     print(f"\n{text}\n{len(done)} of {len(plan())} runs; they took {hours:.1f} hours in all")
 

@@ -35,7 +35,7 @@ def placement_score_table(scores: Scores) -> str:
             for algorithm in PLACEMENTS.values():
                 own = algorithms[algorithm][outcome]
                 solved = f"; {(own >= thresholds[task]).sum()} of {len(own)}" if counts else ""
-                row.append(cell(own.mean(), *mean_interval(own), ".1f") + solved)
+                row.append(cell(own.mean(), *mean_interval(own), "z.1f") + solved)
             rows.append(row)
     return markdown(["task", "outcome", "solved if", *(f"{name}; seeds that solve it" for name in PLACEMENTS)], rows)
 
@@ -57,8 +57,8 @@ def placement_difference_table(scores: Scores) -> str:
                 p = f", p {stats.ttest_ind(a, b, equal_var=False).pvalue:.3f}" if low < high else ""
                 paired = ""
                 if np.array_equal(ours[SEED], theirs[SEED]) and len(a) > 1 and np.ptp(a - b) > 0:
-                    paired = "[{:+.1f}, {:+.1f}]".format(*mean_interval(a - b))
-                row += [cell(mean, low, high, "+.1f") + p, paired, visible_cell(a, b, ".1f")]
+                    paired = "[{:+z.1f}, {:+z.1f}]".format(*mean_interval(a - b))
+                row += [cell(mean, low, high, "+z.1f") + p, paired, visible_cell(a, b, "z.1f")]
             rows.append(row)
     columns = [column for name in ("PPO", "additive") for column in (f"Deep SPI − {name}", "paired", "could have seen")]
     return markdown(["task", "outcome", *columns], rows)

@@ -31,8 +31,8 @@ def score_table(scores: Scores) -> str:
     (algorithms,) = scores.values()
     rows = []
     for algorithm, own in algorithms.items():
-        means = [cell(own[name].mean(), *mean_interval(own[name]), ".0f") if name in own else "" for name in OUTCOMES]
-        each = next(", ".join(f"{value:.0f}" for value in own[name]) for name in (FINAL, LAST) if name in own)
+        means = [cell(own[name].mean(), *mean_interval(own[name]), "z.0f") if name in own else "" for name in OUTCOMES]
+        each = next(", ".join(f"{value:z.0f}" for value in own[name]) for name in (FINAL, LAST) if name in own)
         rows.append([algorithm, str(len(own[LAST])), *means, each])
     return markdown(["algorithm", "seeds", *OUTCOMES, "each seed's first outcome"], rows)
 
@@ -46,8 +46,8 @@ def difference_table(scores: Scores) -> str:
         for name in (name for name in OUTCOMES if all(len(side.get(name, ())) > 1 for side in sides)):
             a, b = sides[0][name], sides[1][name]
             interval = difference(a, b)
-            share = f"{interval[0] / abs(b.mean()):+.0%}"
-            seeds, visible = f"{len(a)}, {len(b)}", visible_cell(a, b, ".0f")
-            rows.append([question, name, seeds, cell(*interval, "+.0f"), share, visible])
+            share = f"{interval[0] / abs(b.mean()):+z.0%}"
+            seeds, visible = f"{len(a)}, {len(b)}", visible_cell(a, b, "z.0f")
+            rows.append([question, name, seeds, cell(*interval, "+z.0f"), share, visible])
     header = ["comparison", "outcome", "seeds", "difference [95 % interval]", "of the latter's mean", "could have seen"]
     return markdown(header, rows)

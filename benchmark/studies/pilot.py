@@ -14,7 +14,7 @@ def table() -> str:
         returns, known = final_returns(FOLDER, run), read_known_scores()[run.game]
         low, high = mean_interval(returns)
         score = float(run.normalised(returns.mean()))
-        mean = f"{returns.mean():,.1f} [{low:,.1f}, {high:,.1f}]"
-        rows[score] = [run.game, mean, f"{known['random']:,g}", f"{known['human']:,g}", f"{score:.2f}"]
+        mean = f"{returns.mean():z,.1f} [{low:z,.1f}, {high:z,.1f}]"
+        rows[score] = [run.game, mean, f"{known['random']:,g}", f"{known['human']:,g}", f"{score:z.2f}"]
     header = ["game", "final policy, 64 games", "random player", "human", "human-normalised"]
     return markdown(header, [rows[score] for score in sorted(rows, reverse=True)])

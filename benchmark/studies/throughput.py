@@ -152,7 +152,7 @@ def own_peak() -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1])
 
 
 def run(case: Case) -> dict[str, float]:
@@ -160,7 +160,7 @@ def run(case: Case) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         steps = str(ITERATION * (case.iterations + 1))
         flags = ["--device", "cpu", "--total-timesteps", steps, "--runs-dir", folder, "--run-name", "run"]
-        log = open(Path(folder) / "log", "w+")
+        log = open(Path(folder) / "log", "w+", encoding="utf-8")
         start = time.time()
         process = subprocess.Popen([sys.executable, *case.command, *flags], cwd=ROOT, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait, it tells this child's own peak memory
@@ -393,7 +393,7 @@ def measure() -> None:
             result = json.loads(done.stdout.splitlines()[-1])
             case = f"stages A={num_actions}"
             rows += [{"round": number + 1, "case": case, "measure": m, "value": f"{v:.5g}"} for m, v in result.items()]
-        with open(arguments.out, "w", newline="") as file:
+        with open(arguments.out, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], "machine"], lineterminator="\n")
             writer.writeheader()
             writer.writerows(row | {"machine": machine} for row in rows)
