@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("rliable", reason="rliable is not installed: requirements-benchmark.txt has it")
 from rliable import library, metrics
 
-from benchmark.report import aggregation, document, report, runs, uneven
+from benchmark.report import aggregation, document, pictures, report, runs, uneven
 from tests import synthetic
 
 ROOT = Path(__file__).parent.parent
@@ -212,6 +213,94 @@ def test_interval_over_seeds_is_students():
     assert aggregation.bounds(ours, 0) == pytest.approx((4, 4 - half, 4 + half), abs=2e-3)
 
 
+# What a score is of
+
+
+def evaluate_runs(suite, value):
+    """Two games of each final policy, of mean return `value`; and a greedy one, which counts nowhere."""
+    for run_dir in suite.glob("*/*/*/"):
+        if (run_dir / "done.json").exists():
+            games = f"greedy,999,1,1\nsampled,{value - 1},1,1\nsampled,{value + 1},1,1\n"
+            (run_dir / "evaluation.csv").write_text("policy,return,length,ended\n" + games)
+
+
+def test_scores_are_of_the_final_policies_if_all_were_evaluated(suite):
+    evaluate_runs(suite, 16.1)  # of Breakout: half of what a human has
+    report.write_report(suite, suite / "report", resamples=50)
+    rows = {(row["algorithm"], row["task"]): row for row in read_csv(suite / "report" / "tasks.csv")}
+    row = rows["ppo", "Breakout"]
+    assert float(row["score"]) == pytest.approx(16.1) and float(row["human_normalised"]) == pytest.approx(0.5)
+    assert float(row["last_100"]) == pytest.approx(16.1)  # of 1.7 and 30.5
+    assert float(rows["ours", "Breakout"]["last_100"]) == pytest.approx(44.9)
+    points = {(row["algorithm"], row["metric"]): row["point"] for row in read_csv(suite / "report" / "aggregates.csv")}
+    assert points["ppo", "mean"] == points["ours", "mean"]
+    (row,) = read_csv(suite / "report" / "probability_of_improvement.csv")
+    assert float(row["point"]) == 0.5
+    text = (suite / "report" / "report.md").read_text()
+    assert "final policy [95 %]" in text and "score is the mean return of its final policy" in text
+
+
+def test_where_one_final_policy_was_not_evaluated_none_counts(suite):
+    evaluate_runs(suite, 16.1)
+    (suite / "ours" / "Pong" / "1" / "evaluation.csv").unlink()
+    remarks = remarks_of(suite)
+    assert remarks == ["Scores are of training, as not every final policy was evaluated: not ours (seed 1 of Pong)."]
+    results = runs.read_results(suite)
+    assert all(results.score(run) == run.last for run in results.runs)
+
+
+def test_a_damaged_evaluation_is_said(suite):
+    (suite / "ppo/Pong/1/evaluation.csv").write_text("policy,return,length,ended\nsampled,nan,1,1\n")
+    assert any("ppo/Pong/1: in evaluation.csv a return is not a finite number" in line for line in remarks_of(suite))
+
+
+def test_curves_of_other_numbers_of_environments_are_not_drawn(suite):
+    for task in ("Breakout", "Pong"):
+        for seed in "12":
+            rewrite(suite / "ours" / task / seed, args={"num_envs": 128})
+    report.write_report(suite, suite / "report", resamples=50)
+    text = (suite / "report" / "report.md").read_text()
+    assert text.count("Not drawn: among more environments") == 3  # the aggregate's curve, and a game's, twice
+    assert "Environments: ppo: 2, ours: 128." in text
+    assert not (suite / "report" / "sample_efficiency.png").exists()
+    assert not (suite / "report" / "learning_curves.png").exists()
+
+
+def test_a_method_has_one_colour():
+    import confounding_gridworld
+
+    assert confounding_gridworld.COLOURS.items() <= pictures.COLOURS.items()
+    found = pictures.colours(["mine", "deep_spi", "yours", "ppo"])
+    assert found["ppo"] == pictures.COLOURS["ppo"] and len(set(found.values())) == 4
+    assert not set(pictures.OTHER_COLOURS) & set(pictures.COLOURS.values())
+
+
+def test_no_zero_is_negative(tmp_path):
+    assert aggregation.number(-0.0001) == "0.000" and aggregation.number(-0.4) == "-0.400"
+    document.write_csv(tmp_path / "table.csv", [{"a": -0.0, "b": 1}, {"a": -1.5, "b": 2}])
+    assert (tmp_path / "table.csv").read_text() == "a,b\n0,1\n-1.5,2\n"
+
+
+def test_a_game_is_known_under_an_id_with_a_slash(tmp_path):
+    write_run(tmp_path, "ppo", "ALE-Pong-v5", 1, [1] * 100, env_id="ALE/Pong-v5")
+    assert runs.read_results(tmp_path).scored_tasks == ["ALE-Pong-v5"]
+
+
+def test_report_and_differences_are_written_in_any_locale(suite):
+    """Their texts have Greek letters and signs that no locale of nothing but ASCII knows."""
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    early = ROOT / "benchmark" / "results" / "suites" / "early"
+    printed = {}
+    for module, folder in (("report", suite), ("differences", early)):
+        command = [sys.executable, "-m", f"benchmark.{module}", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | ascii_only, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        printed[module] = done.stdout.decode("utf-8")
+    assert "Deep SPI − PPO" in printed["differences"]
+    for name in ("report.md", "report.html"):
+        assert "√((n-1)/n)" in (suite / "report" / name).read_text(encoding="utf-8")
+
+
 # Files
 
 
@@ -226,7 +315,7 @@ def test_html_is_self_contained(written):
 
     Reader().feed(page)
     pictures = sorted(written.glob("*.png"))
-    assert len(sources) == len(pictures) == 4
+    assert len(sources) == len(pictures) == len(list(written.glob("*.pdf"))) == 5
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     assert not tags & {"script", "link", "iframe", "object"}
     assert not re.search(r"https?:|url\(|@import", page)
@@ -355,6 +444,14 @@ UNEVEN = {
     "changed code": (
         lambda suite: rewrite(suite / "ppo/Pong/2", git_commit="1" * 40 + "-dirty"),
         "Code not exactly known, files that differ from the commit (`-dirty`): ppo (seed 2 of Pong).",
+    ),
+    "code in no commit": (
+        lambda suite: rewrite(suite / "ppo/Pong/2", git_commit="1" * 40 + "-untracked"),
+        "Code not exactly known, a script that is in no commit (`-untracked`): ppo (seed 2 of Pong).",
+    ),
+    "something else for a commit": (
+        lambda suite: rewrite(suite / "ppo/Pong/2", git_commit="1" * 39),
+        f"Code not exactly known, `{'1' * 39}` is no commit: ppo (seed 2 of Pong).",
     ),
     "no commit": (
         lambda suite: rewrite(suite / "ppo/Pong/2", git_commit=None),

@@ -2,7 +2,7 @@
 
 DIR is a suite's folder as benchmark.run fills it: ALGORITHM/TASK/SEED/ with config.json, episodes.csv and, once the run
 is finished, done.json; plan.json, if it is there, lists the runs to expect. Written: report.md, the same as one
-self-contained report.html, CSV tables and PNG pictures. Needs requirements-benchmark.txt.
+self-contained report.html, CSV tables, and pictures as PNG and, for print, as PDF. Needs requirements-benchmark.txt.
 
 Nothing uneven is averaged silently: what is missing, left out, or not the same everywhere stands in the first section.
 """
@@ -23,6 +23,16 @@ from benchmark.report.runs import WINDOW, FinishedRun, Results, curve_of, curve_
 from benchmark.report.uneven import remarks_on
 
 PROFILE_POINTS = 81
+CURVES = "Learning curves"
+NO_CURVE = (
+    "Not drawn: among more environments the games that have ended by a step are the shorter ones, and began with older "
+    "policies, so that such curves compare with nobody's. Environments: "
+)
+SCORES = {
+    True: "A run's score is the mean return of its final policy in the games that it played after training, actions "
+    "sampled.",
+    False: f"A run's score is the mean return of its last {WINDOW} episodes in training.",
+}
 RESAMPLES = 2000  # of every bootstrap: a bound's own standard error is then 1.5 % of the interval's width
 
 # ---- The sections: each writes its CSV tables and pictures, and returns its blocks
@@ -36,7 +46,7 @@ def opening(results: Results, suite: Path, resamples: int) -> list[Block]:
         Heading(f"Report on {suite.name}", level=1),
         Text(f"Finished runs: {len(results.runs)}, of {hours:,.1f} hours together. {counts}"),
         Text(
-            f"A run's score is the mean return of its last {WINDOW} episodes. Its best window is the largest mean of "
+            f"{SCORES[results.by_final_policy]} Its best window is the largest mean of "
             f"{WINDOW} consecutive episodes, its best episode the largest return; both pick a lucky moment, and are no "
             "estimate of the final policy. Tables show the mean over seeds. In brackets: 95 % intervals. A task's mean "
             f"has Student's; what goes over tasks has rliable's percentile bootstrap, {resamples:,} resamples of the "
@@ -75,20 +85,25 @@ def run_record(run: FinishedRun) -> dict:
     """A run as a line of runs.csv."""
     args = run.config["args"]
     key = {"algorithm": run.algorithm, "task": run.task, "seed": run.seed, "env_id": args["env_id"]}
-    scores = {"last_100": run.last, "best_window": run.best_window, "best_episode": run.best_episode}
+    scores = {
+        "final_policy": run.final,
+        "last_100": run.last,
+        "best_window": run.best_window,
+        "best_episode": run.best_episode,
+    }
     cost = {"episodes": run.episodes} | {name: run.done[name] for name in ("steps", "minutes", "sps")}
     config = {"script": run.config["script"]} | circumstances(run.config)
     return key | scores | cost | config | {"settings": settings_text(args)}
 
 
-def aggregates(runs: list[FinishedRun], rectangle: Rectangle, out: Path, resamples: int) -> list[Block]:
+def aggregates(results: Results, rectangle: Rectangle, out: Path, resamples: int) -> list[Block]:
     """IQM, median, mean and optimality gap of the human-normalised scores, and the performance profile."""
     heading = Heading("Aggregates over games")
     if not rectangle.seeds:
         reason = "no game with known random and human scores has a run of every algorithm"
         why = "Returns of different tasks have different scales, so a mean of them would mean nothing."
         return [heading, Text(f"None: {reason}. {why}")]
-    scores = aggregation.matrices(runs, rectangle, lambda run: run.normalised(run.last))
+    scores = aggregation.matrices(results.runs, rectangle, lambda run: run.normalised(results.score(run)))
     estimates = aggregation.estimate(scores, aggregation.four_aggregates, resamples)
     records, rows = [], []
     for name, estimated in estimates.items():
@@ -114,12 +129,10 @@ def aggregates(runs: list[FinishedRun], rectangle: Rectangle, out: Path, resampl
     ]
 
 
-def improvements(
-    runs: list[FinishedRun], rectangle: Rectangle, baseline: str, out: Path, resamples: int
-) -> list[Block]:
+def improvements(results: Results, rectangle: Rectangle, baseline: str, out: Path, resamples: int) -> list[Block]:
     """How probably a run of each algorithm beats one of the baseline on the same task, averaged over tasks."""
     title = f"Probability of improvement over {baseline}"
-    scores = aggregation.matrices(runs, rectangle, lambda run: run.last)
+    scores = aggregation.matrices(results.runs, rectangle, results.score)
     to_beat = scores.pop(baseline, None)
     if to_beat is None or not scores:
         needed = f"runs of `{baseline}` and of another algorithm on the same tasks"
@@ -146,6 +159,8 @@ def efficiency(results: Results, rectangle: Rectangle, out: Path, resamples: int
         return run.normalised(curve_of(run.ends, run.returns, steps))
 
     scores = aggregation.matrices(results.runs, rectangle, curve)  # (seeds, games, points)
+    if unlike := results.unlike_envs(rectangle.tasks):
+        return [Heading("Sample efficiency"), Text(NO_CURVE + unlike + ".")]
     end = f"the shortest run's end, {steps[-1]:,.0f} steps"
     begun = ~np.any([np.isnan(matrix).any(axis=(0, 1)) for matrix in scores.values()], axis=0)
     if not begun.any():
@@ -169,27 +184,27 @@ def task_table(results: Results, out: Path) -> list[Block]:
         runs = [run for run in results.runs if (run.algorithm, run.task) == (algorithm, task) and run.episodes]
         if not runs:
             continue
-        last = aggregation.mean_over_seeds(np.array([[run.last] for run in runs]))
-        window, episode = np.mean([[run.best_window, run.best_episode] for run in runs], axis=0)
+        score = aggregation.mean_over_seeds(np.array([[results.score(run)] for run in runs]))
+        last, window, episode = np.mean([[run.last, run.best_window, run.best_episode] for run in runs], axis=0)
         steps = [run.done["steps"] for run in runs]
         span = f"{max(steps):,}" if len(set(steps)) == 1 else f"UNEQUAL: {min(steps):,} to {max(steps):,}"
         scaled, published, known_cells = np.nan, np.nan, ["", ""]
         if task in results.scored_tasks:
-            scaled = runs[0].normalised(last.point[0])
+            scaled = runs[0].normalised(score.point[0])
             published = read_known_scores()[runs[0].game]["published_ppo"]
             known_cells = [number(scaled), number(published) if published else "0.0 (no score)"]
         key = {"task": task, "algorithm": algorithm, "seeds": len(runs), "shortest": min(steps), "longest": max(steps)}
-        best = {"best_window": window, "best_episode": episode}
+        best = {"last_100": last, "best_window": window, "best_episode": episode}
         known = {"human_normalised": scaled, "published_ppo": published}
-        records.append(key | as_record(last, 0, "last_100") | best | known)
-        cells = [with_interval(last, 0), number(window), number(episode), *known_cells]
+        records.append(key | as_record(score, 0, "score") | best | known)
+        cells = [with_interval(score, 0), number(window), number(episode), *known_cells]
         rows.append([task, algorithm, str(len(runs)), span, *cells])
     write_csv(out / "tasks.csv", records)
-    scores = [f"last {WINDOW} episodes [95 %]", "best window", "best episode", "human-normalised", "published PPO"]
+    scores = [f"{results.score_name} [95 %]", "best window", "best episode", "human-normalised", "published PPO"]
     return [
         Heading("Every task"),
         Text(
-            "Human-normalised: the mean over seeds of the last episodes, with random player 0 and human 1. Published "
+            "Human-normalised: the mean over seeds of the score, with random player 0 and human 1. Published "
             "PPO: not ours, but the Deep SPI authors' own (stochastic setting, 10 M steps, 3 seeds), the best value "
             "seen in training: compare it with the best window. It started from returns of 0, so games of negative "
             "returns read 0.0 there, which is no score. Sources: `benchmark/report/atari57_scores.csv`."
@@ -199,8 +214,8 @@ def task_table(results: Results, out: Path) -> list[Block]:
 
 
 def learning_curves(results: Results, out: Path) -> list[Block]:
-    """Mean return over steps, for every task as CSV, and as a picture for those that enter no aggregate."""
-    panels, records = {}, []
+    """Mean return over steps, for every task, as CSV and as a picture."""
+    panels, remarks, records = {}, {}, []
     for task in results.tasks:
         runs = [run for run in results.runs if run.task == task]
         steps, estimates = curve_points(runs), {}
@@ -209,14 +224,17 @@ def learning_curves(results: Results, out: Path) -> list[Block]:
             curves = np.array([curve_of(run.ends, run.returns, steps) for run in own])
             estimates[algorithm] = aggregation.mean_over_seeds(curves)
         records += [{"task": task} | record for record in curve_records(steps, estimates, "step")]
-        if estimates and task not in results.scored_tasks:
+        if estimates and (unlike := results.unlike_envs([task])):
+            remarks[task] = unlike
+        elif estimates:
             panels[task] = steps, estimates
     write_csv(out / "learning_curves.csv", records)
+    texts = [Text(f"{task}. {NO_CURVE}{unlike}.") for task, unlike in remarks.items()]
     if not panels:
-        return []
+        return [Heading(CURVES), *texts] if texts else []
     picture = draw_curves(panels, ("environment steps", "return"), out / "learning_curves.png")
     caption = "Mean over seeds, shaded its 95 % interval; a curve begins where every seed has an episode"
-    return [Heading("Learning curves of the tasks without human scores"), Picture(picture, caption)]
+    return [Heading(CURVES), *texts, Picture(picture, caption)]
 
 
 # ---- The report
@@ -242,8 +260,8 @@ def write_report(suite: Path, out: Path, baseline: str | None = None, resamples:
         *opening(results, suite, resamples),
         *unevenness(results, [games, tasks]),
         *provenance(results, out),
-        *aggregates(runs, games, out, resamples),
-        *improvements(runs, tasks, baseline or "ppo", out, resamples),
+        *aggregates(results, games, out, resamples),
+        *improvements(results, tasks, baseline or "ppo", out, resamples),
         *efficiency(results, games, out, resamples),
         *task_table(results, out),
         *learning_curves(results, out),

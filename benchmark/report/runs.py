@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmark.common import CIRCUMSTANCES, running_mean
+from benchmark.common import CIRCUMSTANCES, read_table, running_mean
 
 WINDOW = 100  # episodes
 CURVE_POINTS = 50
@@ -34,6 +34,7 @@ class FinishedRun:
     best_window: float  # largest mean return of 100 consecutive episodes
     best_episode: float  # largest return
     began_early: float  # share of the last 100 episodes that began in the run's first half
+    final: float  # mean return of the games that the final policy played anew, actions sampled; nan if it played none
 
     @property
     def key(self) -> Key:
@@ -77,6 +78,32 @@ class Results:
         """Tasks that are games with known scores."""
         games = {run.task: run.game for run in self.runs}
         return [task for task, game in games.items() if game in read_known_scores()]
+
+    @functools.cached_property
+    def by_final_policy(self) -> bool:
+        """Whether runs are scored by what their final policies played anew: if all of them did."""
+        return not any(np.isnan(run.final) for run in self.runs)
+
+    def score(self, run: FinishedRun) -> float:
+        """A run's score: like that of all others."""
+        return run.final if self.by_final_policy else run.last
+
+    @property
+    def score_name(self) -> str:
+        return "final policy" if self.by_final_policy else f"last {WINDOW} episodes"
+
+    def unlike_envs(self, tasks: Iterable[str]) -> str:
+        """Says which numbers of environments the algorithms have on these tasks, if not the same; else nothing.
+
+        Among more environments the games that have ended by a step are the shorter ones, and of older policies.
+        """
+        found = defaultdict(set)
+        for run in self.runs:
+            if run.task in set(tasks):
+                found[run.algorithm].add(run.config["args"].get("num_envs", 1))
+        if len(set().union(*found.values())) < 2:
+            return ""
+        return ", ".join(f"{name}: {' or '.join(map(str, sorted(numbers)))}" for name, numbers in found.items())
 
     def name(self, keys: Iterable[Key]) -> str:
         """Runs in few words, see `name_runs`."""
@@ -149,7 +176,15 @@ def read_run(folder: Path) -> FinishedRun:
         whole_windows = running_mean(returns, WINDOW)[min(WINDOW, len(returns)) - 1 :]
         scores = [returns[-WINDOW:].mean(), whole_windows.max(), returns.max(), (starts < done["steps"] / 2).mean()]
     algorithm, task, seed = folder.parts[-3:]
-    return FinishedRun(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores))
+    return FinishedRun(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores), read_final(folder))
+
+
+def read_final(folder: Path) -> float:
+    """Mean return of the sampled policy's games in evaluation.csv, if there are any: else nan. Raises ValueError."""
+    games = [float(row["return"]) for row in read_table(folder / "evaluation.csv") if row["policy"] == "sampled"]
+    if not np.isfinite(games).all():
+        raise ValueError("in evaluation.csv a return is not a finite number")
+    return float(np.mean(games)) if games else np.nan
 
 
 def read_plan(path: Path) -> list[Key]:

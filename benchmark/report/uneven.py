@@ -4,6 +4,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+import numpy as np
+
 from benchmark.common import CIRCUMSTANCES, NO_SETTINGS
 from benchmark.report.runs import WINDOW, Key, Results
 
@@ -17,6 +19,7 @@ EARLY_SHARE = 0.5  # of the last episodes, from which it is said that they began
 def remarks_on(results: Results) -> list[str]:
     """A sentence for each."""
     checks = (
+        not_evaluated,
         missing_runs,
         left_out_runs,
         uneven_lengths,
@@ -27,6 +30,14 @@ def remarks_on(results: Results) -> list[str]:
         unknown_games,
     )
     return [remark for check in checks for remark in check(results)]
+
+
+def not_evaluated(results: Results) -> list[str]:
+    """Final policies that played no games after training, where others did."""
+    without = [run.key for run in results.runs if np.isnan(run.final)]
+    if len(without) in (0, len(results.runs)):
+        return []
+    return [f"Scores are of training, as not every final policy was evaluated: not {results.name(without)}."]
 
 
 def missing_runs(results: Results) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from benchmark.common import CURVE_PARTS, RESULTS, markdown, mean_interval, parts
+from benchmark.report.pictures import COLOURS, save_figure
 from benchmark.report.runs import read_results
 from benchmark.report.scores import ALL, LAST, SEED, Scores, cell, difference, visible_cell
 from benchmark.suites import CONTROL_STEPS, CONTROL_TASKS, SOLVED_AT
@@ -73,16 +74,17 @@ def draw() -> None:
     figure, axes = plt.subplots(2, len(CONTROL_STEPS), figsize=(11, 6), layout="constrained")
     for axis, task in zip(axes.T.flat, CONTROL_TASKS, strict=True):  # a column per environment
         axis.set(title=task.label)
-        for i, (name, algorithm) in enumerate(PLACEMENTS.items()):
+        for name, algorithm in PLACEMENTS.items():
+            colour = COLOURS[algorithm]
             seeds = curves[task.label][algorithm]
             steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
             returns = np.array([[seed[step] for step in steps] for seed in seeds])  # (seeds, steps)
             steps = np.array(steps) / 1000
-            axis.plot(steps, returns.T, color=f"C{i}", alpha=0.2, linewidth=0.5)
-            axis.fill_between(steps, *mean_interval(returns), color=f"C{i}", alpha=0.25, linewidth=0)
-            axis.plot(steps, returns.mean(axis=0), color=f"C{i}", linewidth=1.5, label=f"{name}, {len(seeds)} seeds")
+            axis.plot(steps, returns.T, color=colour, alpha=0.2, linewidth=0.5)
+            axis.fill_between(steps, *mean_interval(returns), color=colour, alpha=0.25, linewidth=0)
+            axis.plot(steps, returns.mean(axis=0), color=colour, linewidth=1.5, label=f"{name}, {len(seeds)} seeds")
         axis.axhline(SOLVED_AT[task.env_id], color="0.4", linestyle="--", linewidth=1)
     axes[0, 0].legend(loc="lower right", fontsize="small")
     figure.supxlabel("environment steps, in thousands")
     figure.supylabel("return of the games that end there")
-    figure.savefig(RESULTS / "control.png", dpi=150, metadata={"Software": None})
+    save_figure(figure, RESULTS / "control.png")
