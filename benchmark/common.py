@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 # Arguments that change nothing in what is learned, and those that did so in the runs of older scripts.
 NAMES_OF_A_RUN = ("run_dir", "track", "checkpoint_interval", "runs_dir", "run_name", "resume")
-NO_SETTINGS = (*NAMES_OF_A_RUN, "env_id", "seed", "compile")  # have a column of their own, or change rounding only
-CIRCUMSTANCES = ("device", "precision", "torch_threads", "machine", "git_commit")  # of config.json, beside `versions`
+NO_SETTINGS = (*NAMES_OF_A_RUN, "env_id", "seed", "device", "precision", "compile")  # have a column, or change rounding
+CIRCUMSTANCES = ("device", "precision", "torch_threads", "machine", "git_commit")  # beside `versions`
 CURVE_PARTS = 50
 
 
@@ -68,10 +68,15 @@ def settings_text(args: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in args.items() if name not in NO_SETTINGS)
 
 
+def circumstance(config: dict, name: str) -> object:
+    """One of CIRCUMSTANCES, from config.json itself or, for device and precision, its args. Raises KeyError."""
+    return config[name] if name in config else config["args"][name]
+
+
 def circumstances(config: dict) -> dict:
     """What a run was computed with and on, as cells of a table."""
     versions = " ".join(f"{name}={version}" for name, version in config["versions"].items())
-    return {name: config[name] for name in CIRCUMSTANCES} | {"versions": versions}
+    return {name: circumstance(config, name) for name in CIRCUMSTANCES} | {"versions": versions}
 
 
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

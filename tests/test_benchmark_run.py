@@ -106,13 +106,13 @@ def words(script: Path, settings: str = "", seeds: int = 1) -> list[str]:
     """A command line that runs the fake script as algorithm `fake` into `results` beside it."""
     algorithm = f"fake={script}:{settings}" if settings else f"fake={script}"
     results = f"--results={script.parent / 'results'}"
-    return ["--suite=smoke", "--algorithms", algorithm, f"--seeds={seeds}", results]
+    return ["--suite=smoke", "--evaluate=0", "--algorithms", algorithm, f"--seeds={seeds}", results]
 
 
 def planned(script: Path, settings: str = "") -> worker.Work:
     """The one run of `words`, ready to be made."""
     suite = SUITES["smoke"]
-    algorithms = dict([plan.parse_algorithm(words(script, settings)[2], suite)])
+    algorithms = dict([plan.parse_algorithm(words(script, settings)[3], suite)])
     (run,) = plan.make_plan(suite, algorithms, seeds=1)
     run_dir = script.parent / "results" / "smoke" / run.name
     return worker.Work(run, run_dir, plan.settings_of(run), {})
@@ -133,8 +133,8 @@ def refusal(capsys, given: list[str]) -> str:
 def test_every_suite_is_accepted_by_its_scripts():
     for suite in SUITES.values():
         for run in plan.make_plan(suite, suite.algorithms, seeds=1):
-            args = plan.script_args(run.script)(**plan.settings_of(run))
-            sys.modules[type(args).__module__].check_args(args)
+            args = plan.script_args(run.script)(**plan.settings_of(run))  # which refuses what cannot work
+            assert args.total_timesteps == run.total_timesteps
 
 
 def test_atari57_is_57_games_that_envpool_has():
@@ -176,6 +176,7 @@ def test_settings_are_typed_and_switches_are_understood(script):
         (["--suite=smoke", "--executor=slurm", "--time=4", "--dry-run"], ("--time", "4", "at least 5")),
         (["--suite=smoke", "--executor=pbs"], ("--executor", "'pbs'", "slurm")),
         (["--suite=smoke", "--gpus-per-task=-1"], ("--gpus-per-task", "-1", "at least 0")),
+        (["--suite=smoke", "--evaluate=-1"], ("--evaluate", "-1", "at least 0")),
     ],
 )
 def test_bad_input_is_refused_in_one_line(capsys, flags, named):
@@ -232,7 +233,7 @@ def test_speed_is_known_with_default_settings_only():
     run = plan.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
     seconds = pytest.approx(40_960 / MEASURED_SPS["deep_spi_ppo.py"][0])
     assert cost({}) == cost({}, cores=8) == cost({"sticky": 0.25}) == cost({"chunk_length": "8"}) == seconds
-    for changed in ({"chunk_length": 1}, {"num_envs": 8}, {"spectral_norm": "published"}, {"reward_loss_coef": 0.0}):
+    for changed in ({"chunk_length": 1}, {"num_envs": 8}, {"loss_placement": "gated"}, {"reward_loss_coef": 0.0}):
         assert cost(changed) is cost(changed | {"sticky": 0.25}) is None
 
 
@@ -395,13 +396,60 @@ def test_what_should_not_be_resumed_is_made_again(script, spoil):
     assert len(list(work.run_dir.parent.glob("1.broken-*"))) == 1
 
 
+def test_the_final_policy_plays_new_games_once(tmp_path, capsys):
+    """Of a real script; a run that was finished without them plays them later, and is not made again."""
+    algorithm = "mine=deep_spi_ppo.py:update_epochs=1"
+    command = ["--suite=smoke", "--seeds=1", f"--results={tmp_path}", "--algorithms", algorithm]
+    run_dir = tmp_path / "smoke" / "mine" / "CartPole-v1" / "1"
+    assert launcher.main([*command, "--evaluate=0"]) == 0
+    assert (run_dir / "done.json").exists() and not (run_dir / "evaluation.csv").exists()
+    done = (run_dir / "done.json").read_bytes()
+    for games in (3, 3, 5):
+        assert launcher.main([*command, f"--evaluate={games}"]) == 0
+        rows = (run_dir / "evaluation.csv").read_text().splitlines()[1:]
+        assert len(rows) == games and all(row.startswith("sampled,") for row in rows)
+    assert (run_dir / "done.json").read_bytes() == done
+    assert worker.log_path(run_dir).read_text().count("evaluate.py") == 2
+    assert "1 of 1 runs are finished" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_evaluated_is_finished_all_the_same(script, capsys):
+    """The fake script's weights are no weights."""
+    assert launcher.main([*words(script), "--evaluate=2"]) == 0
+    work = planned(script)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
+    captured = capsys.readouterr()
+    assert "not evaluated: see" in captured.out + captured.err
+    assert "evaluate.py ended with code 2" in worker.log_path(work.run_dir).read_text()
+
+
+def test_what_older_scripts_wrote_is_still_a_finished_run(tmp_path):
+    """With settings that are gone, at the value that scripts have now; and the machine's own choices."""
+    run = plan.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
+    settings, gone = plan.settings_of(run), {"runs_dir": "", "run_name": "1", "resume": False, "device": "auto"}
+    args = settings | gone | {"precision": "auto", "spectral_norm": "exact", "compile": False}
+    for changed, state in (({}, "finished"), ({"spectral_norm": "published"}, "other")):
+        (tmp_path / "config.json").write_text(json.dumps({"script": run.script, "args": args | changed}))
+        (tmp_path / "done.json").write_text(json.dumps({"steps": plan.steps_of(settings)}))
+        assert worker.find(tmp_path, run, settings).state == state
+
+
+def test_device_and_precision_are_compared_only_where_the_plan_names_them():
+    run = plan.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
+    for flags, said in (({}, ""), ({"precision": "fp32"}, "precision is 'fp32' and was 'bf16'")):
+        named = replace(run, flags=flags)
+        settings = plan.settings_of(named)
+        config = {"script": run.script, "args": settings | {"device": "cuda", "precision": "bf16"}}
+        assert worker.differences(named, settings, config) == said
+
+
 # ---- Scripts that are not ours
 
 
 def test_a_script_that_changes_its_settings_is_told_so_before_the_suite_is_paid_for(script, capsys):
     """Its run would be complete, and never the planned one. It is stopped at once, and so is the suite."""
     began = time.monotonic()
-    assert launcher.main([*words(script, "behaviour=change,seconds=60", seeds=5), "--workers=1", "--evaluate=0"]) == 1
+    assert launcher.main([*words(script, "behaviour=change,seconds=60", seeds=5), "--workers=1"]) == 1
     assert time.monotonic() - began < 40 and starts(script) == ["1"]
     said = capsys.readouterr().err
     assert "its settings are not the plan's: learning_rate is 0.1 and was 9.9" in said

@@ -69,7 +69,7 @@ def test_each_policy_plays_its_episodes(cartpole, capsys):
 
 def test_episodes_are_what_the_agent_does(cartpole):
     """Played again, one game at a time, with nothing but the simulator."""
-    args = deep_spi_ppo.Args(env_id="CartPole-v1", seed=11, num_envs=3, num_steps=8, device="cpu")
+    args = deep_spi_ppo.Args(env_id="CartPole-v1", seed=11, num_envs=3, num_minibatches=1, device="cpu")
     agent = deep_spi_ppo.Agent(4, 2)
     agent.load_state_dict(torch.load(cartpole / "agent.pt", weights_only=True))
     lengths = []
@@ -128,7 +128,7 @@ def test_atari_runs(script, tmp_path):
 def test_games_that_end_untold_are_counted(tmp_path):
     """RoadRunner with LEFT held: games end in the no-ops that follow a lost life, where the simulator says nothing.
 
-    Of 4 games, one each. By the simulator's own flags alone, the first episodes would be longer.
+    By the simulator's own flags alone, the first episodes would be longer.
     """
     run_dir = trained(ppo_baseline, tmp_path / "run", env_id="RoadRunner-v5", total_timesteps=32)
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
@@ -137,15 +137,15 @@ def test_games_that_end_untold_are_counted(tmp_path):
             value.zero_()
     state["agent"]["actor.bias"][4] = 100  # LEFT
     torch.save(state, run_dir / "checkpoint.pt")
-    rows = evaluated(run_dir, episodes=16, policy="greedy", max_length=3000)
-    args = ppo_baseline.Args(env_id="RoadRunner-v5", num_envs=16, device="cpu", seed=1_000_000)
+    rows = evaluated(run_dir, episodes=8, policy="greedy", max_length=3000)
+    args = ppo_baseline.Args(env_id="RoadRunner-v5", num_envs=8, device="cpu", seed=1_000_000)
     torch.manual_seed(args.seed)
     envs = ppo_baseline.Games(args).envs
     envs.reset()
-    told, lengths, lives, dummy = {}, np.zeros(16, dtype=int), np.zeros(16), np.zeros(16, dtype=bool)
+    told, lengths, lives, dummy = {}, np.zeros(8, dtype=int), np.zeros(8), np.zeros(8, dtype=bool)
     untold = set()
-    while len(told) < 16:
-        _, _, terminated, truncated, info = envs.step(np.full(16, 4, dtype=np.int32))
+    while len(told) < 8:
+        _, _, terminated, truncated, info = envs.step(np.full(8, 4, dtype=np.int32))
         lengths += ~dummy
         for i in np.flatnonzero(dummy & (info["lives"] > lives)):
             if i not in told and lengths[i] > 1:
@@ -272,9 +272,12 @@ def test_bad_input(cartpole, tmp_path, capsys):
         assert f"--{name.replace('_', '-')}" in refused(capsys, cartpole, **{name: value})
     assert "config.json" in refused(capsys, tmp_path)
     assert "--script" in refused(capsys, cartpole, script=Path(__file__).parent / "golden" / "README.md")
-    assert "not its agent's" in refused(capsys, cartpole, script=Path(ppo_baseline.__file__))
     run_dir = tmp_path / "copy"
     shutil.copytree(cartpole, run_dir)
+    config = (run_dir / "config.json").read_text()
+    (run_dir / "config.json").write_text(config.replace("CartPole-v1", "Acrobot-v1"))
+    assert "not its agent's" in refused(capsys, run_dir)
+    (run_dir / "config.json").write_text(config)
     (run_dir / "checkpoint.pt").unlink()
     content = (run_dir / "agent.pt").read_bytes()
     (run_dir / "agent.pt").write_bytes(content[: len(content) // 2])

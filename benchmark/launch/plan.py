@@ -128,14 +128,16 @@ def parse_flags(script: str, words: tuple[str, ...]) -> dict[str, object]:
 
 
 def settings_of(run: PlannedRun) -> dict[str, object]:
-    """Every setting that the run's config.json must have but those that name the run. Raises SystemExit(2)."""
+    """Every setting that the run's config.json must have, as it will be there. Raises SystemExit(2) for bad ones."""
     allowed = [field.name for field in fields(script_args(run.script)) if field.name not in NAMED_BY_THE_PLAN]
     for flag in run.flags:
         closest = ", ".join(difflib.get_close_matches(flag, allowed, cutoff=0.4)) or ", ".join(allowed)
         check(flag in allowed, "algorithms", flag, f"not for an algorithm to set in {run.script}; closest: {closest}")
-    task = {"env_id": run.env_id, "total_timesteps": run.total_timesteps}
-    settings = parse_flags(run.script, tuple(flag_words(run.flags | task))) | {"seed": run.seed}
-    settings = {name: value for name, value in settings.items() if name not in NAMES_OF_A_RUN}
+    settings = parse_flags(run.script, tuple(flag_words(run.flags)))
+    settings = settings | {"env_id": run.env_id, "seed": run.seed, "total_timesteps": run.total_timesteps}
+    # What the plan does not name of these is the machine's choice, which may be another than this one.
+    not_compared = {*NAMES_OF_A_RUN, *(name for name in ("device", "precision") if name not in run.flags)}
+    settings = {name: value for name, value in settings.items() if name not in not_compared}
     return json.loads(json.dumps(settings, default=str))  # as config.json will have them: a Path is text there
 
 

@@ -47,6 +47,7 @@ def differences(run: PlannedRun, settings: dict, config: dict) -> str:
         f"{name} is {planned.get(name)!r} and was {made_with.get(name)!r}"
         for name in planned | made_with
         if name not in NAMES_OF_A_RUN
+        and not (name in ("device", "precision") and name not in planned)
         and planned.get(name) != made_with.get(name)
         and not (name not in planned and made_with[name] == RETIRED.get(name, ...))
     )

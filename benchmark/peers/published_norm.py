@@ -43,11 +43,15 @@ def published_layer(script: ModuleType) -> type:
             start = torch.randn(length, generator=torch.Generator().manual_seed(0))
             self.register_buffer("power_start", start, persistent=False)  # the same in every run
 
+        def follow(self) -> None:
+            """Nothing: the power iteration starts anew in every forward."""
+
         def normalized_weight(self) -> Tensor:
             """The weight over the divisor, in float32."""
             with torch.autocast(self.weight.device.type, enabled=False):
-                matrix = self.weight.view(self.groups, self.weight.shape[0] // self.groups, -1)
-                matrix = matrix.mT if self.weight.ndim == 2 else matrix  # there a linear layer's matrix is (in, out)
+                matrix = (
+                    self.matrices().mT if self.weight.ndim == 2 else self.matrices()
+                )  # there a linear layer's matrix is (in, out)
                 sigma = published_spectral_norm(matrix, self.power_start)
                 return (self.weight.view(self.groups, -1) * sigma.reciprocal()[:, None]).view_as(self.weight)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from benchmark.common import CIRCUMSTANCES, NO_SETTINGS
+from benchmark.common import CIRCUMSTANCES, NO_SETTINGS, circumstance
 from benchmark.report.runs import WINDOW, Key, Results
 
 INEXACT = {  # by the end of what is recorded for a commit
@@ -125,7 +125,7 @@ def mixed_circumstances(results: Results) -> list[str]:
     circumstances, inexact, settings = {}, [], defaultdict(dict)
     for run in results.runs:
         versions = {f"version of {name}": version for name, version in run.config["versions"].items()}
-        circumstances[run.key] = {name: run.config[name] for name in CIRCUMSTANCES} | versions
+        circumstances[run.key] = {name: circumstance(run.config, name) for name in CIRCUMSTANCES} | versions
         commit = run.config["git_commit"]
         if not re.fullmatch("[0-9a-f]{40}", commit or ""):
             ending = next((text for ending, text in INEXACT.items() if (commit or "").endswith(ending)), "")

@@ -5,7 +5,7 @@ minutes apart on the same machine; the first round's order is reversed in the ne
 benchmark/results/throughput.csv, a line per case, round and measure. `--tables` makes no
 runs, but prints the tables of the committed ones, and draws where an iteration's time goes.
 
-The scripts run with `--precision auto`, in bf16 where the processor has units for it; the plain form and
+The scripts run with their default precision, in bf16 where the processor has units for it; the plain form and
 Stable-Baselines3 in float32. An iteration is 128 x 8 steps: the first is not counted, as it pays for memory and
 libraries. Overhead is what the whole process took beyond its training: to load libraries, to build games and agent, to
 save and end. The roofline is the time that an iteration's multiplications would take at the speed of a large matrix
@@ -14,6 +14,7 @@ product on this machine, plus the environment's own time.
 
 import argparse
 import csv
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -30,6 +31,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import envpool
 import matplotlib
 import numpy as np
 import torch
@@ -111,9 +113,9 @@ def cases() -> dict[str, Case]:
         for form, numbers in forms.items():
             for num_actions in numbers:
                 start = {
-                    "": (f"{script}.py", "--precision", "auto"),
+                    "": (f"{script}.py",),
                     "fp32": (f"{script}.py", "--precision", "fp32"),
-                    "learner": ("-m", "benchmark.throughput", "learner", script, "--precision", "auto"),
+                    "learner": ("-m", "benchmark.throughput", "learner", script),
                     "plain": ("-m", "benchmark.peers.plain", script),
                 }[form]
                 command = (*start, "--env-id", GAMES[num_actions], "--num-envs", "128", "--num-steps", "8")
@@ -125,25 +127,26 @@ def cases() -> dict[str, Case]:
     return table
 
 
-class FrozenEnvs:
+class FrozenGames:
     """Stands in for N games that cost nothing: the same random frames at each step, no reward, no end."""
 
-    def __init__(self, args, _resumes=0):
-        self.obs = np.random.default_rng(0).integers(0, 256, (args.num_envs, 4, 84, 84), dtype=np.uint8)
-        self.zeros = np.zeros(args.num_envs, dtype=bool)
-        self.info = {"reward": self.zeros.astype(np.float32), "terminated": self.zeros.astype(np.int32)}
+    def __init__(self, args, _start=0):
+        self.num_actions = int(envpool.make_spec(args.env_id).action_space.n)
+        frames = np.random.default_rng(0).integers(0, 256, (args.num_envs, 4, 84, 84), dtype=np.uint8)
+        self.frames = torch.from_numpy(frames).permute(0, 2, 3, 1)
+        self.rewards, self.never = torch.zeros(args.num_envs), torch.zeros(args.num_envs, dtype=torch.bool)
 
     def reset(self):
-        return self.obs, self.info
+        return self.frames
 
     def step(self, actions):
-        return self.obs, self.info["reward"], self.zeros, self.zeros, self.info
+        return self.frames, self.rewards, self.never, self.never, {}
 
 
 def learner(script_name: str, flags: list[str]) -> None:
     """Train as the script would, but on games that cost nothing."""
     script = importlib.import_module(script_name)
-    script.make_envs = FrozenEnvs
+    script.Games = FrozenGames
     script.train(tyro.cli(script.Args, args=flags))
 
 
@@ -159,7 +162,7 @@ def run(case: Case) -> dict[str, float]:
     """One process: steps per second, overhead in seconds, peak memory in GB. Raises RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         steps = str(ITERATION * (case.iterations + 1))
-        flags = ["--device", "cpu", "--total-timesteps", steps, "--runs-dir", folder, "--run-name", "run"]
+        flags = ["--device", "cpu", "--total-timesteps", steps, "--run-dir", f"{folder}/run"]
         log = open(Path(folder) / "log", "w+", encoding="utf-8")
         start = time.time()
         process = subprocess.Popen([sys.executable, *case.command, *flags], cwd=ROOT, stdout=log, stderr=log)
@@ -193,16 +196,16 @@ def timed(function, repeats: int = 5) -> float:
 def stages(num_actions: int) -> dict[str, float]:
     """Seconds of an update's parts, forward and backward, on one minibatch, and the operations of an iteration."""
     script = importlib.import_module("deep_spi_ppo_atari")
-    baseline = importlib.import_module("ppo_baseline")
     torch.manual_seed(0)
-    agent = script.Agent(num_actions, "exact", torch.Generator().manual_seed(0))
-    precision = script.choose_precision("auto", torch.device("cpu"))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    script.keep_freed_memory()
+    agent = script.Agent(num_actions)
+    args = script.Args(env_id=GAMES[num_actions], device="cpu")
+    bf16 = args.precision == "bf16"
+    dtype, autocast = torch.bfloat16 if bf16 else torch.float32, torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # as the scripts do
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
     obs = torch.randint(0, 256, (FRAMES, 84, 84, 4), dtype=torch.uint8)
     actions = torch.randint(0, num_actions, (ROWS,))
-    z, next_z = torch.rand(2, ROWS, 7, 7, 64)
+    z, next_z = torch.rand(2, ROWS, *agent.encode(obs[:1]).shape[1:])
     z.requires_grad_()
 
     def encoder(frames: int):
@@ -222,14 +225,13 @@ def stages(num_actions: int) -> dict[str, float]:
             loss = script.reward_loss(agent.reward_model(z, actions), torch.zeros(ROWS)).mean()
         loss.backward()
 
-    args = script.Args()
-    envs = baseline.make_envs(baseline.Args(env_id=GAMES[num_actions]))
-    envs.reset()
-    host_actions = np.random.default_rng(0).integers(0, num_actions, (64, args.num_envs)).astype(np.int32)
+    games = script.Games(args)
+    games.reset()
+    host_actions = torch.randint(0, num_actions, (64, args.num_envs))
 
     def environment():
         for t in range(64):
-            envs.step(host_actions[t])
+            games.step(host_actions[t])
 
     result = {
         "encoder_256_rows_s": timed(lambda: encoder(ROWS)),
