@@ -31,7 +31,7 @@ def outcomes(suite: Path, run: FinishedRun) -> dict[str, float]:
     """A run's outcomes; that of its final policy only if it was evaluated."""
     returns = final_returns(suite, run)
     final = {FINAL: returns.mean()} if len(returns) else {}
-    return final | {LAST: run.last, ALL: run.returns.mean(), SEED: run.seed}
+    return final | {LAST: run.last, ALL: run.returns.mean() if run.episodes else math.nan, SEED: run.seed}
 
 
 def read_scores(suite: Path) -> Scores:

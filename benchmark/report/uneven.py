@@ -99,6 +99,8 @@ def few_episodes(results: Results) -> list[str]:
 
 def early_episodes(results: Results) -> list[str]:
     """Runs too short for their many environments: their scores say little about the policy of the end."""
+    if results.by_final_policy:
+        return []
     early = {run.key: run.began_early for run in results.runs if run.began_early > EARLY_SHARE}
     if not early:
         return []
