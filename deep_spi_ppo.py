@@ -281,9 +281,9 @@ class RewardModel(nn.Module):
 class TransitionModel(nn.Module):
     """P̄(·|z, a): a mixture of K = 5 diagonal normals over the next latent, from Lipschitz networks.
 
-    Its sample, averaged over the components as published (a mixture's own would draw one of them), with ε ~ N(0, 1):
+    Its sample averages over the components as published (a mixture's own would draw one of them):
 
-        z̄' = Σ_k w_k (loc_k + scale_k clip(ε_k, -1, 1)),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k)
+        z̄' = Σ_k w_k (loc_k + scale_k ε_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    ε ~ N(0, 1) cut at ±1
 
     This is the plain form: outputs for every action, then those of the action taken.
     """
@@ -306,7 +306,7 @@ class TransitionModel(nn.Module):
         logits = F.linear(hidden, self.mixture.normalized_weight(), self.mixture.bias).float()
         weights = logits.view(-1, self.K, self.A).take_along_dim(actions[:, None, None], dim=2).softmax(1)  # (B, K, 1)
         with torch.autocast(z.device.type, enabled=False):  # z̄' is compared with z' in float32
-            return 0.5 * ((x + F.softplus(y) * noise.clamp(-1, 1)) @ weights).squeeze(-1)
+            return 0.5 * ((x + F.softplus(y) * noise) @ weights).squeeze(-1)
 
 
 class Agent(nn.Module):
@@ -543,7 +543,7 @@ def train(args: Args) -> None:
         # ---- Update
         noise = None
         if run_world_model:  # once for all minibatches, as their transitions are shuffled: a CPU takes long to draw it
-            noise = torch.randn(T * N // args.num_minibatches, *agent.transition_model.noise_shape)
+            noise = torch.randn(T * N // args.num_minibatches, *agent.transition_model.noise_shape).clamp(-1, 1)
             noise = noise.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
         for _ in range(args.update_epochs):
             epoch_stats, stats = [], {}
