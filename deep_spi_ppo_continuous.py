@@ -13,9 +13,11 @@ stand inside PPO's clipped objective, where the advantage stood alone. That is t
     z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
     U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε; see share_outside
 
-The policy is normal, its deviation the same in every state. For any EnvPool environment whose actions are a box and
-whose observations an array of floats. Diff me against `deep_spi_ppo.py`, the same algorithm with discrete actions. With
-both coefficients 0 this is PPO, of CleanRL's form: observations and rewards normalised, a critic with its own layers.
+The clip stops the pull of the advantage at the edge of the neighbourhood. The losses go on pulling φ, reweighted by r
+or by 1 ± ε; and what the model cannot predict has less utility. For any EnvPool environment whose actions are a box and
+whose observations are an array of floats. Diff me against `deep_spi_ppo.py`, the same algorithm with discrete actions.
+With both coefficients 0 this is PPO in CleanRL's form: a normal policy of one deviation for all states, a critic with
+layers of its own, observations and rewards normalised.
 """
 
 import difflib
@@ -423,7 +425,7 @@ def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
 
     The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ and the sum are published. So α_P weighs
-    a sum over 64 numbers: another encoder's latent wants another α_P. z' is not detached: φ too is to make the next
+    a sum over the latent: one of another size wants another α_P. z' is not detached: φ too is to make the next
     latent predictable.
     """
     return F.smooth_l1_loss(predicted_next_z.float(), next_z.float(), reduction="none").flatten(1).sum(-1)
@@ -574,8 +576,7 @@ def train(args: Args) -> None:
         obs[0], is_last[0] = obs[T], is_last[T]
         for t in range(T):
             with torch.no_grad(), autocast:
-                means[t], log_std = agent.policy(agent.encode(obs[t]))
-                values[t] = agent.value(obs[t])
+                (means[t], log_std), values[t] = agent.policy(agent.encode(obs[t])), agent.value(obs[t])
                 actions[t] = means[t] + log_std.exp() * torch.randn(means[t].shape).to(device)
                 log_probs[t] = log_density(actions[t], means[t], log_std)
             if not log_probs[t].isfinite().all():
@@ -592,7 +593,7 @@ def train(args: Args) -> None:
         of_steps = [x.to(device) for x in (actions, scaled, log_probs, advantages, returns, mask)]
 
         # ---- Update
-        old_policy = means, log_std.detach().clone()
+        old = means, log_std.detach().clone()  # the policy that played
         noise = None
         if run_world_model:  # once for all minibatches, as their transitions are shuffled: a CPU takes long to draw it
             noise = torch.randn(T * N // args.num_minibatches, *agent.transition_model.noise_shape).clamp(-1, 1)
@@ -623,13 +624,13 @@ def train(args: Args) -> None:
         ratios = table.pop("spi/ratios", torch.ones(1)).cpu()
         metrics = {name: column.mean().item() for name, column in table.items()}
         metrics["spi/ratio_min"], metrics["spi/ratio_max"] = ratios.min().item(), ratios.max().item()
-        if run_world_model and epoch_stats:
-            with torch.no_grad(), autocast:
-                metrics |= {name: value.item() for name, value in what_the_model_knows(agent, batch).items()}
         with torch.no_grad(), autocast:
-            new_policy = agent.policy(agent.encode(obs[:T]))
-            outside = share_outside(old_policy, new_policy, of_steps[-1], args.clip_coef)
-        metrics["spi/outside_neighbourhood"] = outside.item()
+            if run_world_model and epoch_stats:
+                metrics |= {name: value.item() for name, value in what_the_model_knows(agent, batch).items()}
+            new = agent.policy(agent.encode(obs[:T]))
+            metrics["spi/outside_neighbourhood"] = share_outside(old, new, of_steps[-1], args.clip_coef).item()
+            if not (log_density(new[0] + new[1].exp(), *new) + agent.value(obs[:T])).isfinite().all():
+                raise FloatingPointError("not finite: policy or value, after the update")  # before they are written
         metrics["losses/explained_variance"] = explained_variance(values[:T].cpu(), returns, mask).item()
         metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
