@@ -161,9 +161,11 @@ def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -
     returns = torch.from_numpy(random.standard_normal(rows).astype(np.float32))
     random.standard_normal(rows)  # the noise of old_logprob, which is stored
     noise = torch.from_numpy(random.standard_normal((rows, 5, 7, 7, 64)).astype(np.float32))
-    if algorithm == "deepspi":  # as TransitionModel.noise_shape has it: a group's channels, then positions
+    if algorithm == "deepspi":  # as the script draws it: cut, and a group's channels before positions
         groups, num_components, _ = agent.transition_model.noise_shape
-        noise = noise.view(rows, num_components, 49, groups, 64 // groups).permute(0, 3, 1, 4, 2).flatten(3)
+        noise = (
+            noise.view(rows, num_components, 49, groups, 64 // groups).permute(0, 3, 1, 4, 2).flatten(3).clamp(-1, 1)
+        )
 
     with torch.no_grad():  # the case knows only the taken actions' old probabilities; the loss uses no other
         old_log_probs, _ = agent.policy_and_value(agent.encode(obs))
