@@ -455,7 +455,7 @@ def test_each_placement_and_precision_trains(changes, tmp_path):
     [("actor.bias", torch.inf), ("critic.4.bias", torch.nan), ("log_std", 100.0), ("log_std", -200.0)],
 )
 def test_weights_of_no_policy_stop_the_run_before_they_are_written(spoilt, value, monkeypatch, tmp_path):
-    """Spoilt by the second iteration's last step, which no loss has seen. The last two are finite, but not as deviations."""
+    """Spoilt by the second iteration's last step, which no loss saw. As deviations e^100 overflows, e^-200 is 0."""
     args, steps, adam_step = small_args(tmp_path, checkpoint_interval=1), [], torch.optim.Adam.step
     find = lambda optimizer: optimizer.param_groups[0]["params"][names.index(spoilt)]  # noqa: E731
     names = [name for name, _ in Agent(3, BOX).named_parameters()]
