@@ -1,7 +1,7 @@
 """Confounding updates (talk of Delgrange, Avalos and Röpke, ICLR 2026): a gridworld where improvement can be watched.
 
     python confounding_gridworld.py          # three methods, 3 seeds: 4 to 6 minutes on one core
-    python -m benchmark.confounding          # the study: thirteen settings, 10 seeds; README.md has its results
+    python -m benchmark.confounding          # the study: thirteen settings, 10 seeds; docs/results.md has its results
 
 Two corridors look alike up to their last cell, '!'. UP at the top '!' is best, UP at the bottom '!' is a disaster. An
 agent sees pictures; if φ merges the two '!', an update that raises UP at one raises it at both: as 1-ε of the episodes
@@ -9,8 +9,8 @@ pass the top one, a batch in which UP was tried there alone is all praise. The M
 every policy on the way is exact, and each fall of it counts. Three agents with the same networks:
 
     ppo       loss of the clipped objective min(r A, clip(r, 1 ± ε) A); R̄ and P̄ are not trained
-    additive  + α_R L_R + α_P L_P beside it (the placement of DeepMDP): no clip bounds how far they move φ
-    deep_spi  U = A - α_R ℓ_R - α_P ℓ_P in place of A: inside the clip (see `compute_loss`)
+    additive  + α_R L_R + α_P L_P beside it (the placement of DeepMDP): the same pull on φ whatever r is
+    deep_spi  U = A - α_R ℓ_R - α_P ℓ_P in place of A: a pull weighted by r or 1 ± ε (docs/method.md)
 
     φ  encoder            R̄  reward_model        ℓ_R  reward_loss        α_R  reward_loss_coef
     z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
