@@ -95,6 +95,17 @@ def test_flags_exist(name):
         assert flag in known, flag
 
 
+def test_method_explains_every_metric_and_no_other():
+    """Names in the scripts' source, and rows of the table."""
+    named = set()
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and re.fullmatch(r"(charts|losses|world_model|spi)/\w+", str(node.value)):
+                named.add(node.value)
+    table = re.findall(r"^\| `(\w+/\w+)` \|", TEXTS["docs/method.md"], re.MULTILINE)
+    assert sorted(table) == sorted(named)
+
+
 def test_readme_code_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"^```python\n(.*?)^```", TEXTS["README.md"], re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
