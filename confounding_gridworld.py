@@ -44,7 +44,8 @@ import matplotlib.pyplot as plt
 
 # ==== 1. Arguments ====================================================================================================
 
-METHODS = {"ppo": "PPO", "additive": "additive", "deep_spi": "Deep SPI", "gated": "gated"}
+METHODS = {"ppo": "PPO", "additive": "additive", "deep_spi": "Deep SPI"}  # those of the study
+NAMES = METHODS | {"gated": "gated"}
 COLOURS = {"ppo": "#0072B2", "additive": "#E69F00", "deep_spi": "#009E73", "gated": "#CC79A7"}  # for colour-blind eyes
 
 
@@ -232,7 +233,7 @@ def state_visits(world: Gridworld, pi: np.ndarray, gamma: float) -> np.ndarray:
 # linear bottleneck. The world model has the sizes of `deep_spi_ppo.py`.
 
 
-def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     """Orthogonal weights of gain `std`, zero biases."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
@@ -406,8 +407,9 @@ def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
 def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
 
-    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ is the published choice. z' is not
-    detached: φ too is to make the next latent predictable.
+    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ and the sum are published. So α_P weighs
+    a sum over the latent: one of another size wants another α_P. z' is not detached: φ too is to make the next
+    latent predictable.
     """
     return F.smooth_l1_loss(predicted_next_z.float(), next_z.float(), reduction="none").flatten(1).sum(-1)
 
@@ -726,11 +728,11 @@ def draw_gridworld(world: Gridworld, path: Path) -> None:
 
 def draw_values(axis: plt.Axes, runs: dict[str, dict[int, dict]]) -> None:
     """V(start) over steps: each run thin, the mean of each method thick, its interval shaded."""
-    for method in filter(runs.get, METHODS):
+    for method in filter(runs.get, NAMES):
         steps = next(iter(runs[method].values()))["steps"]
         curves = np.stack([run["V_start"] for run in runs[method].values()])
         axis.plot(steps, curves.T, color=COLOURS[method], lw=0.6, alpha=0.5)
-        axis.plot(steps, curves.mean(0), color=COLOURS[method], lw=2.5, label=f"{METHODS[method]}, {len(curves)} runs")
+        axis.plot(steps, curves.mean(0), color=COLOURS[method], lw=2.5, label=f"{NAMES[method]}, {len(curves)} runs")
         axis.fill_between(steps, *mean_interval(curves), color=COLOURS[method], alpha=0.2, lw=0)
     axis.set(xlabel="environment steps", ylabel=r"exact $V^{\pi_n}$(start)")
     axis.legend(loc="lower right", fontsize=9)
@@ -747,17 +749,17 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)  # bits depend on it, and small networks gain little from a second
     world, runs, failed = make_gridworld(args.n_path, args.epsilon, args.gamma), {}, False
     for seed in range(args.seed, args.seed + args.num_seeds):
-        for method in ("ppo", "additive", "deep_spi") if args.method == "all" else (args.method,):
+        for method in METHODS if args.method == "all" else (args.method,):
             try:
                 metrics, history = train(replace(args, seed=seed, method=method))
             except RunFailed as error:
-                print(f"error: {METHODS[method]}, seed {seed}: {error}", file=sys.stderr)
+                print(f"error: {NAMES[method]}, seed {seed}: {error}", file=sys.stderr)
                 failed = True
                 continue
             steps = np.arange(len(history.V)) * args.num_envs * args.num_steps
             runs.setdefault(method, {})[seed] = metrics | {"steps": steps, "V_start": history.V[:, world.start]}
             numbers = f"largest drawdown {metrics['largest_drawdown']:.2f}, final V {metrics['final_value']:.2f}"
-            print(f"{METHODS[method]}, seed {seed}: {numbers}, {metrics['seconds']:.0f} s", flush=True)
+            print(f"{NAMES[method]}, seed {seed}: {numbers}, {metrics['seconds']:.0f} s", flush=True)
 
     if not runs:
         raise SystemExit(1)
@@ -769,7 +771,7 @@ def main(args: Args) -> None:
     print("|---|--:|" + "---|" * len(METRICS))
     for method, of_method in runs.items():
         table = np.array([[run[metric] for metric in METRICS] for run in of_method.values()])
-        print(summary_row(METHODS[method], table), end="")
+        print(summary_row(NAMES[method], table), end="")
     if failed:
         raise SystemExit(1)
 
