@@ -1,7 +1,7 @@
 """Deep SPI with continuous actions: safe policy improvement via world models (Delgrange, Avalos, Röpke, ICLR 2026).
 
-    python deep_spi_ppo_continuous.py --total-timesteps 500000    # Hopper-v4: returns of about 2,100 at the end (one seed)
-    python deep_spi_ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 200704    # about -230; as PPO -175 (one seed)
+    python deep_spi_ppo_continuous.py --total-timesteps 500000    # Hopper-v4: a return of about 2,100 (one seed)
+    python deep_spi_ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 200704    # about -230; PPO -175 (one seed)
 
 A policy π = π̄∘φ acts on a learned latent z = φ(s). A world model (R̄, P̄) is learned on φ beside it, and its losses
 stand inside PPO's clipped objective, where the advantage stood alone. That is the whole method:
