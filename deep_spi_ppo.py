@@ -124,7 +124,7 @@ def what_is_wrong(env_id: str) -> str:
     warnings.filterwarnings("ignore", ".*precision lowered by casting")  # EnvPool's own spaces set it off
     try:
         spec = envpool.make_spec(env_id)
-    except ImportError as error:  # Procgen needs system libraries
+    except (ImportError, RuntimeError) as error:  # Procgen needs system libraries, VizdoomCustom a file
         return str(error)
     actions, observations = spec.action_space, spec.observation_space
     if not isinstance(actions, gym.spaces.Discrete):
