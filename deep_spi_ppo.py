@@ -689,20 +689,21 @@ class Run:
         os.fsync(self.episodes.fileno())
         state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}
         state |= {"config": self.config, "episodes_bytes": self.episodes.tell()}
-        torch.save(state | {"iterations": self.iterations, "seconds": seconds}, content := io.BytesIO())
+        state |= {"iterations": self.iterations, "seconds": seconds}
+        for name, part in {**({"agent": state["agent"]} if complete else {}), "checkpoint": state}.items():
+            torch.save(part, content := io.BytesIO())  # not to the file: what a full disk raises is no OSError there
+            temporary = self.dir / f"{name}.tmp"
+            try:  # at any instant, power cuts included, the old file or the new one is there
+                with open(temporary, "wb") as file:
+                    file.write(content.getvalue())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.dir / f"{name}.pt")
+            finally:
+                temporary.unlink(missing_ok=True)
         if complete:
-            torch.save(state["agent"], self.dir / "agent.pt")
             self.bar.write(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
-        temporary = self.dir / "checkpoint.tmp"
-        try:  # at any instant, power cuts included, the old checkpoint or the new one is there
-            with open(temporary, "wb") as file:
-                file.write(content.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.dir / "checkpoint.pt")
-        finally:
-            temporary.unlink(missing_ok=True)
-        if self.signal and not complete:
+        elif self.signal:
             print(f"\nstopped by {self.signal.name}; to go on: the same, with --run-dir {self.dir}", file=sys.stderr)
             raise SystemExit(75)
 
