@@ -605,14 +605,14 @@ class Run:
                 self.state = torch.load(path, map_location="cpu", weights_only=True)
                 assert self.episodes.tell() >= self.state["episodes_bytes"]
                 before = self.state["config"]["args"] | {"script": self.state["config"]["script"]}
+                resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
+                self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
             except Exception:  # of many kinds, as any byte may be wrong
                 args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
             now = vars(args) | {"script": script.name}
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
-            self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout
         if step + self.rollout > args.total_timesteps:
