@@ -712,7 +712,7 @@ class Run:
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread: its error is raised again here, and told below
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # whatever the locale
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and a path's bytes
     try:
         train(tyro.cli(Args, description=__doc__))
     except (FloatingPointError, OSError) as error:  # OSError: a full disk, say; the last checkpoint is whole
