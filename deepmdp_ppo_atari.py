@@ -103,7 +103,8 @@ class Args:
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its own folder has that name, and none
+        self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
 
@@ -510,7 +511,7 @@ class Run:
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
 
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
-        self.dir = Path(args.run_dir or f"runs/{name}")
+        self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.episodes = open(self.dir / "episodes.csv", "a", buffering=1)  # each line is flushed
