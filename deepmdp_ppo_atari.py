@@ -520,7 +520,7 @@ class Run:
             args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
         git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
         commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
-        if commit and script.name not in subprocess.run("git ls-files", **git).stdout.splitlines():
+        if commit and script.name not in subprocess.run("git ls-files -z", **git).stdout.split("\0"):
             commit += "-untracked"
         self.config = {
             "script": script.name,
