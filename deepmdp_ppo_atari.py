@@ -559,7 +559,7 @@ class Run:
 
         text = json.dumps(self.config, indent=2) + "\n"
         (self.dir / "config.json").write_text(text)
-        if self.dir.resolve() != script.parent:  # else it is there already: a full disk must not take it
+        if self.dir != script.parent:  # else it is there already: a full disk must not take it
             (self.dir / script.name).write_bytes(script.read_bytes())
         (self.dir / "agent.pt").unlink(missing_ok=True)
         self.episodes.truncate(self.state.get("episodes_bytes", 0))  # what came later is made again
