@@ -74,7 +74,7 @@ def check_run(run_dir: Path) -> None:
     assert not list(run_dir.glob("*.tmp"))
 
 
-def kill_and_resume(script: str, kills: int, folder: Path, seed: int) -> int:
+def kill_and_resume(script: str, kills: int, folder: Path, seed: int, seconds: float = SECONDS) -> int:
     """Kill the script so many times, going on after each; the number of runs. Raises AssertionError on any loss."""
     rng, killed, number = random.Random(seed), 0, 0
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -88,7 +88,7 @@ def kill_and_resume(script: str, kills: int, folder: Path, seed: int) -> int:
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
             )
             if killed < kills:
-                wait_until = time.monotonic() + rng.uniform(0, SECONDS)
+                wait_until = time.monotonic() + rng.uniform(0, seconds)
                 while process.poll() is None and time.monotonic() < wait_until:
                     time.sleep(0.01)
                 if process.poll() is None:
@@ -106,13 +106,16 @@ def kill_and_resume(script: str, kills: int, folder: Path, seed: int) -> int:
 def main() -> None:
     """Spread the kills over the scripts, and say how it went."""
     parser = argparse.ArgumentParser(prog="python -m tests.kill_and_resume", description=__doc__.splitlines()[0])
+    parser.add_argument("scripts", nargs="*", default=list(SMALL), metavar="SCRIPT", help=", ".join(SMALL))
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="what a run and its start take, about")
     arguments = parser.parse_args()
-    shares = [arguments.kills // len(SMALL) + (i < arguments.kills % len(SMALL)) for i in range(len(SMALL))]
+    count = len(arguments.scripts)
     with tempfile.TemporaryDirectory() as folder:
-        for script, kills in zip(SMALL, shares, strict=True):
-            runs = kill_and_resume(script, kills, Path(folder), arguments.seed)
+        for i, script in enumerate(arguments.scripts):
+            kills = arguments.kills // count + (i < arguments.kills % count)
+            runs = kill_and_resume(script, kills, Path(folder), arguments.seed, arguments.seconds)
             print(f"{script}.py: {kills} kills; {runs} runs finished, each one unbroken whole", flush=True)
 
 
