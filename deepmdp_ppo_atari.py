@@ -342,6 +342,7 @@ def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tenso
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 like a constant."""
+    returns = returns.double()  # so that the variance of constants is exactly 0
     errors, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
     return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
@@ -525,7 +526,7 @@ class Run:
         commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
         if commit and script.name not in subprocess.run("git ls-files -z", **git).stdout.split("\0"):
             commit += "-untracked"
-        self.config = {
+        config = {
             "script": script.name,
             "script_path": str(script),
             "args": vars(args),
@@ -536,6 +537,7 @@ class Run:
             "id": f"{time.time_ns():x}",  # for Weights & Biases
             "resumes": [],  # global steps at which the run went on, with new games
         }
+        self.config = json.loads(json.dumps(config, default=str))  # plain types: a checkpoint holds no others
         path, self.state = self.dir / "checkpoint.pt", {}
         if path.exists():
             try:
@@ -547,7 +549,7 @@ class Run:
                 self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
             except Exception:  # of many kinds, as any byte may be wrong
                 args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
-            now = vars(args) | {"script": script.name}
+            now = self.config["args"] | {"script": script.name}
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
