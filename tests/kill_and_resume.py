@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmark.collect import read_events
-
 ROOT = Path(__file__).parent.parent
 SMALL = {
     "deep_spi_ppo": "--num-envs 8 --num-steps 64 --total-timesteps 25600 --update-epochs 2",
@@ -39,11 +37,14 @@ def check_run(run_dir: Path) -> None:
     args = config["args"]
     rollout = args["num_envs"] * args["num_steps"]
     expected = np.arange(rollout, args["total_timesteps"] + 1, rollout)
-    events = read_events(run_dir)
+    accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    events = {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+    told = [events.pop(f"charts/episodic_{what}", []) for what in ("return", "length")]
     assert events.keys() >= {"charts/SPS", "losses/policy_loss", "spi/ratio_max"}
-    for tag in events:  # every iteration logged once, none missing
-        np.testing.assert_array_equal(events[tag][0], expected, err_msg=tag)
-        assert np.isfinite(events[tag][1]).all(), tag
+    for tag, points in events.items():  # every iteration logged once, none missing
+        np.testing.assert_array_equal([point.step for point in points], expected, err_msg=tag)
+        assert np.isfinite([point.value for point in points]).all(), tag
     with open(run_dir / "episodes.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["global_step", "return", "length"]
@@ -53,11 +54,9 @@ def check_run(run_dir: Path) -> None:
     # No environment makes more steps in its episodes than it was stepped.
     assert sum(int(row[2]) for row in rows) <= expected[-1]
     # TensorBoard was told the same episodes.
-    accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    told = accumulator.Scalars("charts/episodic_return") if rows else []
-    assert [event.step for event in told] == steps.tolist()
-    np.testing.assert_allclose([event.value for event in told], [float(row[1]) for row in rows], rtol=1e-5)
+    for column, points in enumerate(told, start=1):
+        assert [point.step for point in points] == steps.tolist()
+        np.testing.assert_allclose([point.value for point in points], [float(row[column]) for row in rows], rtol=1e-5)
     at_once = np.unique(steps, return_counts=True)[1]
     assert len(at_once) == 0 or at_once.max() <= args["num_envs"]
     # The weights are there twice, and the code once.

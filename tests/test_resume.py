@@ -341,7 +341,9 @@ def test_a_second_process_is_refused(monkeypatch, tmp_path):
     def second():
         before = contents(tmp_path / "run")
         done.append(launch("deep_spi_ppo.py", flags.split()))
-        assert contents(tmp_path / "run") == before
+        after = contents(tmp_path / "run")
+        assert after.keys() == before.keys()  # TensorBoard's file grows meanwhile: the first writes it now and then
+        assert all(after[name] == before[name] for name in before if not name.startswith("events."))
 
     at_call(monkeypatch, deep_spi_ppo, "compute_gae", 3, second)
     train(deep_spi_ppo, args)
