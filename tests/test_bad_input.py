@@ -6,6 +6,7 @@ import math
 import runpy
 import sys
 from dataclasses import fields
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,12 @@ CASES = {  # script, flags, what the one line must contain
     "baseline names games": (BASELINE, "--env-id Boxin-v5", ["--env-id", "Boxin-v5", "Boxing-v5"]),
     "negative penalty": (DEEPMDP, "--gradient-penalty-coef -1", ["--gradient-penalty-coef", "-1.0", "at least 0"]),
     "W&B without wandb": (VECTOR, "--track", ["--track", "pip install wandb"]),
+    "a mere folder of its name": (ATARI, "--track", ["--track", "pip install wandb"]),
     "CUDA asked for and absent": (VECTOR, "--device cuda", ["--device", "cuda", "no CUDA"]),
 }  # fmt: skip
 OF_THIS_MACHINE = {  # what another machine may have: only where it is absent can a shell show that
     "W&B without wandb": importlib.util.find_spec("wandb") is None,
+    "a mere folder of its name": False,
     "CUDA asked for and absent": not torch.cuda.is_available(),
 }
 # Not of the flag's type, or no flag: tyro says so in a box.
@@ -118,8 +121,9 @@ def run_as_main(script: str, flags: list[str], monkeypatch) -> int | str:
 @pytest.mark.parametrize("key", CASES)
 def test_bad_input_is_refused_in_one_line(key, folder, monkeypatch, capfd):
     script, flags = command(key, folder)
-    if key == "W&B without wandb":
-        monkeypatch.setattr("importlib.metadata.distributions", lambda: iter(()))
+    find_spec = importlib.util.find_spec
+    wandb = None if key == "W&B without wandb" else ModuleSpec("wandb", None)  # such as W&B's output folder is found as
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: wandb if name == "wandb" else find_spec(name))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     if "--run-dir" not in CASES[key][1]:  # there the flag itself is met after the check of the environment
         monkeypatch.setattr("envpool.make", lambda *_, **__: pytest.fail("an environment was built"))
