@@ -61,7 +61,7 @@ def test_the_grid_is_the_study_of_the_issue():
     deep_spi = {(run.reward_loss_coef, run.transition_loss_coef) for run in runs if run.method == "deep_spi"}
     assert {(0.01, 0.0005), (1.0, 1.0)} < deep_spi
     for run in runs:
-        cg.check_args(run)
+        run.__post_init__()
         assert run.total_timesteps == 120_000
 
 

@@ -4,11 +4,21 @@ Each table stands in README.md, in benchmark/README.md or in docs/, between `<!-
 and is written anew there.
 """
 
+import functools
 import re
 
 from benchmark.common import RESULTS, ROOT, markdown
 from benchmark.report.scores import read_scores
-from benchmark.studies import atari_200k, confounding, confounding_mechanism, control, early, pilot, throughput
+from benchmark.studies import (
+    atari_200k,
+    confounding,
+    confounding_mechanism,
+    control,
+    early,
+    pilot,
+    throughput,
+    whole_games,
+)
 from benchmark.suites import MEASURED_SPS, PRICED_AS, SUITES
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmark" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -40,6 +50,10 @@ TABLES = {
     "early_differences": lambda: early.difference_table(read_scores(early.FOLDER)),
     "pilot": pilot.table,
     "cost": cost_table,
+    **{
+        name: functools.partial(lambda table: table(whole_games.read(whole_games.CSV)), table)
+        for name, table in whole_games.TABLES.items()
+    },
 }
 
 
