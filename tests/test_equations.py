@@ -263,8 +263,8 @@ def test_perfect_model_has_ratio_0(monkeypatch):
 def test_neighbourhood_is_measured_over_all_actions_of_real_rows(script):
     agent, batch = make_agent(script), make_batch(script)
     noise = (make_noise(agent),) if script in SPI_SCRIPTS else ()
+    _, stats = compute_loss(script, agent, batch, *noise, clip_coef=0.1)
     with torch.no_grad():
-        _, stats = compute_loss(script, agent, batch, *noise, clip_coef=0.1)
         log_probs, _ = agent.policy_and_value(agent.encode(batch.obs[:, :L].flatten(0, 1)))
     ratios = (log_probs - batch.old_log_probs).exp()
     real = batch.mask > 0
@@ -634,19 +634,19 @@ def test_spectral_layer_follows_its_weight(shape, groups):
     torch.manual_seed(3)
     layer = deep_spi_ppo_atari.SpectralLayer(*shape, groups=groups)
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-3, eps=1e-5)
-    target, start, turned = torch.randn(shape), layer.weight.detach().clone(), layer.u[..., :1].clone()
+    target, start, turned = torch.randn(shape), layer.weight.detach().clone(), layer.top[..., :1].clone()
     for _ in range(64):
-        before = layer.u.clone()
+        before = layer.top.clone()
         loss = (layer.normalized_weight() * (target + torch.randn(shape))).sum()
         optimizer.zero_grad()
         loss.backward()
-        assert torch.equal(before, layer.u)  # neither forward nor backward moves it
+        assert torch.equal(before, layer.top)  # neither forward nor backward moves it
         optimizer.step()
         layer.follow()
         norms = spectral_norms(layer.normalized_weight(), groups)
         torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-3)
     assert (layer.weight - start).norm() > 0.2 * start.norm()
-    assert (turned * layer.u[..., :1]).sum(1).abs().min() < 0.9  # the direction is another by now
+    assert (turned * layer.top[..., :1]).sum(1).abs().min() < 0.9  # the direction is another by now
 
 
 @pytest.mark.parametrize("script, size", [(deep_spi_ppo_atari, 3136), (deep_spi_ppo, 32)])
