@@ -232,7 +232,7 @@ class SpectralLayer(nn.Module):
 
     σ is the largest singular value. The theorems want Lipschitz R̄ and P̄: so a linear layer is 1-Lipschitz. For a
     convolution σ is that of the matrix (out, in·kh·kw): with 2x2 kernels the map may stretch by up to 2. ‖Wᵀu‖, with u
-    held fixed, has σ's gradient. u is exact at the start, and follows W by power iteration.
+    held fixed, has σ's gradient. u is exact at the start, and follows W by subspace iteration.
     """
 
     def __init__(self, *shape: int, groups: int = 1):
@@ -240,9 +240,8 @@ class SpectralLayer(nn.Module):
         std = float(np.prod(shape[1:])) ** -0.5 / 0.87962566  # LeCun normal: 0.88 is the std left by truncation
         weight = nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std)
         self.weight, self.bias, self.groups = nn.Parameter(weight), nn.Parameter(torch.zeros(shape[0])), groups
-        self.register_buffer(
-            "u", torch.linalg.svd(self.matrices().detach(), full_matrices=False).U[..., :1]
-        )  # (G, m, 1)
+        top = torch.linalg.svd(self.matrices().detach(), full_matrices=False).U[..., :16]
+        self.register_buffer("top", top)  # (G, m, k): u and the next 15 left singular vectors, where there are so many
 
     def matrices(self) -> Tensor:
         """The weight as a matrix (G, m, n) for each group."""
@@ -250,14 +249,17 @@ class SpectralLayer(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Two steps of power iteration, after a step of the optimiser; u (G, m, 1)."""
+        """Two steps of subspace iteration: u alone would be left behind where another singular value overtakes."""
+        W, top = self.matrices(), self.top
         for _ in range(2):
-            self.u.copy_(F.normalize(self.matrices() @ (self.matrices().mT @ self.u), dim=1))
+            top = torch.linalg.qr(W @ (W.mT @ top)).Q
+        projected = top.mT @ W  # (G, k, n)
+        self.top.copy_(top @ torch.linalg.eigh(projected @ projected.mT).eigenvectors.flip(-1))  # the largest first
 
     def normalized_weight(self) -> Tensor:
         """The weight over its spectral norm, in float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            sigma = torch.linalg.vector_norm(self.matrices().mT @ self.u, dim=(1, 2), keepdim=True)
+            sigma = torch.linalg.vector_norm(self.matrices().mT @ self.top[..., :1], dim=(1, 2), keepdim=True)
             return (self.matrices() / sigma).view_as(self.weight)
 
 
