@@ -517,10 +517,11 @@ class Run:
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed
         try:
+            str(self.dir).encode()  # TensorBoard takes UTF-8 only
             self.dir.mkdir(parents=True, exist_ok=True)
             self.episodes = open(self.dir / "episodes.csv", "a", buffering=1)  # each line is flushed
             fcntl.flock(self.episodes, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
         git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
         commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
