@@ -360,7 +360,7 @@ def train(args: Args) -> None:
         metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
         with torch.no_grad(), autocast:  # the weights after the last step, which no loss has seen, may be too large
             if not all(x.isfinite().all() for x in agent.policy_and_value(agent.encode(obs[T, :1]))):
-                raise FloatingPointError("not finite: policy or value, after the update")
+                raise FloatingPointError("not finite: log_probs or value, after the update")
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         run.end_iteration(metrics, ratios, learned)
 
