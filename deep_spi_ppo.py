@@ -569,26 +569,12 @@ def train(args: Args) -> None:
         metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
         with torch.no_grad(), autocast:  # the weights after the last step, which no loss has seen, may be too large
             if not all(x.isfinite().all() for x in agent.policy_and_value(agent.encode(obs[T, :1]))):
-                raise FloatingPointError("not finite: log_probs or value, after the update")
+                raise FloatingPointError("not finite: policy or value, after the update")
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         run.end_iteration(metrics, ratios, learned)
 
 
 # ==== 6. The run's folder =============================================================================================
-
-
-def write_whole(path: Path, content: dict) -> None:
-    """torch.save, so that at any instant, power cuts included, the old or the new file is there. Raises OSError."""
-    torch.save(content, buffer := io.BytesIO())
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Run:
@@ -607,11 +593,10 @@ class Run:
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed
         try:
-            str(self.dir).encode()  # TensorBoard takes UTF-8 only
             self.dir.mkdir(parents=True, exist_ok=True)
             self.episodes = open(self.dir / "episodes.csv", "a", buffering=1)  # each line is flushed
             fcntl.flock(self.episodes, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (OSError, UnicodeError) as error:
+        except OSError as error:
             args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
         git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
         commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
@@ -701,13 +686,21 @@ class Run:
         state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}
         state |= {"config": self.config, "episodes_bytes": self.episodes.tell()}
         state |= {"iterations": self.iterations, "seconds": seconds}
-        for name, content in {"agent.pt": state["agent"], "checkpoint.pt": state}.items():
-            if name == "checkpoint.pt" or complete:
-                write_whole(self.dir / name, content)
+        for name, part in {**({"agent": state["agent"]} if complete else {}), "checkpoint": state}.items():
+            torch.save(part, content := io.BytesIO())  # not to the file: what a full disk raises is no OSError there
+            temporary = self.dir / f"{name}.tmp"
+            try:  # at any instant, power cuts included, the old file or the new one is there
+                with open(temporary, "wb") as file:
+                    file.write(content.getvalue())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.dir / f"{name}.pt")
+            finally:
+                temporary.unlink(missing_ok=True)
         if complete:
             self.bar.close()
             print(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
-        if self.signal and not complete:
+        elif self.signal:
             print(f"\nstopped by {self.signal.name}; to go on: the same, with --run-dir {self.dir}", file=sys.stderr)
             raise SystemExit(75)
 
