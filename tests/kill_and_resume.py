@@ -8,6 +8,7 @@ it left is checked, and the next one begins.
 import argparse
 import csv
 import json
+import logging
 import os
 import random
 import signal
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="what a run and its start take, about")
     arguments = parser.parse_args()
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns where it drops what a kill left behind
     count = len(arguments.scripts)
     with tempfile.TemporaryDirectory() as folder:
         for i, script in enumerate(arguments.scripts):
