@@ -240,8 +240,9 @@ class SpectralLayer(nn.Module):
         std = float(np.prod(shape[1:])) ** -0.5 / 0.87962566  # LeCun normal: 0.88 is the std left by truncation
         weight = nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std)
         self.weight, self.bias, self.groups = nn.Parameter(weight), nn.Parameter(torch.zeros(shape[0])), groups
-        top = torch.linalg.svd(self.matrices().detach(), full_matrices=False).U[..., :16]
-        self.register_buffer("top", top)  # (G, m, k): u and the next 15 left singular vectors, where there are so many
+        top = torch.linalg.svd(self.matrices().detach(), full_matrices=False).U[..., :16]  # (G, m, k <= 16)
+        self.register_buffer("top", top.clone())
+        self.register_buffer("u", top[..., :1].clone())  # (G, m, 1)
 
     def matrices(self) -> Tensor:
         """The weight as a matrix (G, m, n) for each group."""
@@ -250,16 +251,20 @@ class SpectralLayer(nn.Module):
     @torch.no_grad()
     def follow(self) -> None:
         """Two steps of subspace iteration: u alone would be left behind where another singular value overtakes."""
-        W, top = self.matrices(), self.top
+        W = self.matrices()
         for _ in range(2):
-            top = torch.linalg.qr(W @ (W.mT @ top)).Q
-        projected = top.mT @ W  # (G, k, n)
-        self.top.copy_(top @ torch.linalg.eigh(projected @ projected.mT).eigenvectors.flip(-1))  # the largest first
+            self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
+        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power, as an eigensolver makes CUDA wait
+        for _ in range(12):
+            power = power / torch.linalg.matrix_norm(power, keepdim=True)
+            power = power @ power
+        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # a column surely not orthogonal to u
+        self.u.copy_(F.normalize(self.top @ power.take_along_dim(largest, dim=2), dim=1))
 
     def normalized_weight(self) -> Tensor:
         """The weight over its spectral norm, in float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            sigma = torch.linalg.vector_norm(self.matrices().mT @ self.top[..., :1], dim=(1, 2), keepdim=True)
+            sigma = torch.linalg.vector_norm(self.matrices().mT @ self.u, dim=(1, 2), keepdim=True)
             return (self.matrices() / sigma).view_as(self.weight)
 
 
