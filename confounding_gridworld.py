@@ -46,7 +46,7 @@ import matplotlib.pyplot as plt
 
 METHODS = {"ppo": "PPO", "additive": "additive", "deep_spi": "Deep SPI"}  # those of the study
 NAMES = METHODS | {"gated": "gated"}
-COLOURS = {"ppo": "#0072B2", "additive": "#E69F00", "deep_spi": "#009E73", "gated": "#CC79A7"}  # for colour-blind eyes
+COLOURS = {"ppo": "#0072B2", "additive": "#E69F00", "deep_spi": "#009E73", "gated": "#7F3C8D"}  # for colour-blind eyes
 
 
 @dataclass

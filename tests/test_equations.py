@@ -225,9 +225,12 @@ def test_what_the_model_knows_equals_plain_loops(script):
         return [total / size for total in per_row] if script is deepmdp_ppo_atari else per_row
 
     mean, copy = (mean_of_real(batch, transition_losses(predictions)) for predictions in (rows[2], rows[0]))
-    columns = [[row[d] for row in rows[0]] for d in range(size)]
-    centres = [sum(column) / M for column in columns]
-    variances = [sum((x - centre) ** 2 for x in column) / M for column, centre in zip(columns, centres, strict=True)]
+    real = [row for row, counts in zip(rows[0], batch.mask.tolist(), strict=True) if counts]
+    columns = [[row[d] for row in real] for d in range(size)]
+    centres = [sum(column) / len(real) for column in columns]
+    variances = [
+        sum((x - centre) ** 2 for x in column) / len(real) for column, centre in zip(columns, centres, strict=True)
+    ]
     expected = {
         "world_model/transition_loss_mean": mean,
         "world_model/transition_loss_copy": copy,
@@ -634,19 +637,19 @@ def test_spectral_layer_follows_its_weight(shape, groups):
     torch.manual_seed(3)
     layer = deep_spi_ppo_atari.SpectralLayer(*shape, groups=groups)
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-3, eps=1e-5)
-    target, start, turned = torch.randn(shape), layer.weight.detach().clone(), layer.top[..., :1].clone()
+    target, start, turned = torch.randn(shape), layer.weight.detach().clone(), layer.u.clone()
     for _ in range(64):
-        before = layer.top.clone()
+        before = layer.u.clone()
         loss = (layer.normalized_weight() * (target + torch.randn(shape))).sum()
         optimizer.zero_grad()
         loss.backward()
-        assert torch.equal(before, layer.top)  # neither forward nor backward moves it
+        assert torch.equal(before, layer.u)  # neither forward nor backward moves it
         optimizer.step()
         layer.follow()
         norms = spectral_norms(layer.normalized_weight(), groups)
         torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-3)
     assert (layer.weight - start).norm() > 0.2 * start.norm()
-    assert (turned * layer.top[..., :1]).sum(1).abs().min() < 0.9  # the direction is another by now
+    assert (turned * layer.u).sum(1).abs().min() < 0.9  # the direction is another by now
 
 
 @pytest.mark.parametrize("script, size", [(deep_spi_ppo_atari, 3136), (deep_spi_ppo, 32)])

@@ -100,7 +100,7 @@ def test_line_budgets(name):
     lines = SOURCES[name].splitlines()
     assert len(lines) <= BUDGETS[name]
     code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
-    assert sum(map(len, code)) / len(code) <= 68  # characters: nothing is packed
+    assert sum(map(len, code)) / len(code) <= 70  # characters: nothing is packed
     train = definitions(name)["train"].splitlines()
     assert len(train) <= 95
 
