@@ -5,21 +5,21 @@
     ℓ_SPR(t) = Σ_k m_{t,k} (1 - cos(q(g(ẑ_{t+k})), g̃(z̃_{t+k}))),    ẑ_{t+k} = h(ẑ_{t+k-1}, a_{t+k-1}),    ẑ_t = φ(s_t)
     loss     = PPO's + α E[ℓ_SPR] (additive, published), or α ℓ_SPR inside its clip: U = A - α ℓ_SPR (utility)
 
-    φ  encoder, renormalised    h  transition_model     g  project, the head's first layer     q  predictor
+    φ  encoder, renormalised    h  transition_model     g  fc, also the head's first layer     q  predictor
     z  its latent               ẑ  predicted            g̃, z̃  of a target that follows        α  spr_loss_coef
 
-SPR was published on Rainbow, off the policy. The port to PPO is ours: games, sampling and settings of its siblings, so
-that only the auxiliary task differs. Of such losses the talk on Deep SPI (Delgrange, Avalos and Röpke, ICLR 2026) says:
-"Let's just add L_R, L_P to the loss? No, we can't!" `--loss-placement` asks that of this one. Diff me against
-`deep_spi_ppo_atari.py`. With coefficient 0 this is `ppo_baseline.py` with renormalised latents, and nothing else, to
-the last bit on a CPU in float32. Cost: see docs/speed.md.
+Published on Rainbow, off the policy; the port to PPO is ours. Games, sampling and settings are its siblings': only the
+auxiliary task differs. The talk on Deep SPI (Delgrange, Avalos and Röpke, ICLR 2026) says of another: "Let's just add
+L_R, L_P to the loss? No, we can't!" `--loss-placement` asks that of this one. Diff me against `deep_spi_ppo_atari.py`.
+With coefficient 0 this is `ppo_baseline.py` with renormalised latents, and nothing else, to the last bit on a CPU in
+float32. Cost: see docs/speed.md.
 """
 
 import copy
 import ctypes
 import difflib
 import fcntl
-import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
 UNITS = torch.cpu.get_capabilities()
-HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # in hardware
+HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # old GPUs emulate it
 ATARI = [name for name, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
 
 
@@ -103,8 +103,7 @@ class Args:
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        packages = {package.name for package in importlib.metadata.distributions()}
-        self.check("track", not self.track or "wandb" in packages, "needs wandb: pip install wandb")
+        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
 
@@ -243,10 +242,6 @@ class Agent(nn.Module):
         hidden = F.relu(self.fc(z.flatten(1)))
         return self.actor(hidden).float().log_softmax(-1), self.critic(hidden).float().squeeze(-1)
 
-    def project(self, z: Tensor) -> Tensor:
-        """g(z), (B, 512): the first layer of actor and critic, which so learns from the loss too."""
-        return self.fc(z.flatten(1))
-
 
 # ==== 4. Equations ====================================================================================================
 # T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, r, s'). Where s is already the
@@ -330,12 +325,13 @@ def look_ahead(
     """
     B, L = len(batch.obs), batch.obs.shape[1] - 1
     with torch.no_grad():
-        targets = target.project(view(target, batch.obs.flatten(0, 1), augmentation, noise)).unflatten(0, (B, L + 1))
+        z = view(target, batch.obs.flatten(0, 1), augmentation, noise)
+        targets = target.fc(z.flatten(1)).unflatten(0, (B, L + 1))
     z = view(agent, batch.obs[:, :L].flatten(0, 1), augmentation, noise).unflatten(0, (B, L))
     actions, predictions = batch.actions.view(B, L), []
     for k in range(1, min(K, L) + 1):
         z = agent.transition_model(z[:, : L - k + 1].flatten(0, 1), actions[:, k - 1 :].flatten())  # ẑ_{t+k}
-        predictions.append(agent.predictor(agent.project(z)).unflatten(0, (B, L - k + 1)))
+        predictions.append(agent.predictor(agent.fc(z.flatten(1))).unflatten(0, (B, L - k + 1)))
         z = z.unflatten(0, (B, L - k + 1))
     return predictions, targets
 
@@ -374,12 +370,10 @@ def what_the_model_knows(z: Tensor, targets: Tensor, l_spr: Tensor, mask: Tensor
     copies = [targets[:, : L - k + 1] for k in range(1, min(K, L) + 1)]
     means = [targets.mean((0, 1)).expand_as(prediction) for prediction in copies]
     (copy_loss, pairs), (mean_loss, _) = (spr_loss(predictions, targets, mask) for predictions in (copies, means))
-    loss, copy_loss, mean_loss = (masked_mean(x, mask) for x in (l_spr, copy_loss, mean_loss))
     return {
-        "world_model/spr_loss": loss,
-        "world_model/spr_loss_copy": copy_loss,
-        "world_model/spr_loss_mean": mean_loss,
-        "world_model/spr_loss_ratio": loss / copy_loss.clamp(min=1e-12),
+        "world_model/spr_loss": masked_mean(l_spr, mask),
+        "world_model/spr_loss_copy": masked_mean(copy_loss, mask),
+        "world_model/spr_loss_mean": masked_mean(mean_loss, mask),
         "world_model/masked_share": 1 - pairs.mean() / K,  # of the pairs (t, k)
         "world_model/latent_variance": z.float().var(0, correction=0).mean(),
     }
@@ -390,8 +384,7 @@ def compute_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a minibatch, and what of it is logged, as scalars.
 
-    noise draws augmentation or dropout. Without it nothing is predicted, and this is PPO. π and V see the plain frames:
-    else r would not start at 1.
+    noise draws what ℓ_SPR sees; without it there is none. PPO sees plain frames: else r would not start at 1.
     """
     z = agent.encode(batch.obs[:, : len(batch.actions) // len(batch.obs)].flatten(0, 1))
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
@@ -561,7 +554,8 @@ class Run:
             "git_commit": commit or None,
             "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
             "torch_threads": torch.get_num_threads(),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "envpool", "gymnasium", "numpy")},
+            "versions": {"python": sys.version.split()[0]}
+            | {m.__name__: str(m.__version__) for m in (torch, envpool, np)},  # str: torch's is of a kind of its own
             "id": f"{time.time_ns():x}",  # for Weights & Biases
             "resumes": [],  # global steps at which the run went on, with new games
         }
