@@ -191,7 +191,7 @@ class TransitionModel(nn.Module):
 class Agent(nn.Module):
     """π = π̄∘φ and its critic, with the world model (R̄, P̄) that reads the same latent, a bottleneck."""
 
-    def __init__(self, num_actions: int, latent_size: int = 50):
+    def __init__(self, num_actions: int):
         super().__init__()
         self.encoder = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
@@ -202,18 +202,14 @@ class Agent(nn.Module):
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
         with torch.no_grad():
-            num_features = self.encoder(torch.zeros(1, 4, 84, 84)).numel()
-        self.bottleneck = nn.Sequential(
-            layer_init(nn.Linear(num_features, latent_size), std=1.0), nn.LayerNorm(latent_size)
-        )
-        self.fc = layer_init(nn.Linear(latent_size, 512))
+            num_features, D = self.encoder(torch.zeros(1, 4, 84, 84)).numel(), 50
+        self.bottleneck = nn.Sequential(layer_init(nn.Linear(num_features, D), std=1.0), nn.LayerNorm(D))
+        self.fc = layer_init(nn.Linear(D, 512))
         self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
         with torch.random.fork_rng(devices=()):  # so that all else is drawn as in the baseline, to the last bit
-            self.transition_model = TransitionModel(latent_size, num_actions)
-            self.reward_decoder = nn.Sequential(
-                nn.Linear(latent_size, 512), nn.LayerNorm(512), nn.ReLU(), nn.Linear(512, 1)
-            )
+            self.transition_model = TransitionModel(D, num_actions)
+            self.reward_decoder = nn.Sequential(nn.Linear(D, 512), nn.LayerNorm(512), nn.ReLU(), nn.Linear(512, 1))
 
     def encode(self, obs: Tensor) -> Tensor:
         """z = φ(s), (B, D) float32, of frames (B, 84, 84, 4) uint8."""
@@ -284,6 +280,8 @@ def transition_loss(mean: Tensor, std: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = ½((μ - z')/σ)² + ln σ, mean over the latent, per transition: (M,). z' is detached.
 
     It is -ln of a density, but for a constant: where P̄ is sure and right it is negative. Then, in U = A - αℓ, U > A.
+    Its gradient grows as σ falls. One clip bounds the gradient of all losses together: watch losses/grad_norm, as a
+    large one leaves little of PPO's.
     """
     return (0.5 * ((mean - next_z.detach()) / std).square() + std.log()).mean(-1)
 

@@ -340,7 +340,7 @@ def spr_loss(predictions: list[Tensor], targets: Tensor, mask: Tensor) -> tuple[
     """ℓ_SPR(t) = Σ_k m_{t,k} (1 - cos(q(g(ẑ_{t+k})), g̃(z̃_{t+k}))), and Σ_k m_{t,k}, per transition: (M,).
 
     m_{t,k} = 1 if the steps from t to t + k are all real and in the chunk: an episode's last step is predicted, nothing
-    is beyond it. So a row late in its chunk has less to predict, and less loss. (Published: ½‖·‖², the same.)
+    is beyond it. A row late in its chunk has less to predict: less loss, more utility. (Published: ½‖·‖², the same.)
     """
     mask = mask.view(len(targets), -1)  # (B, L)
     loss, pairs, real = torch.zeros_like(mask), torch.zeros_like(mask), mask
