@@ -521,8 +521,7 @@ class Run:
             "git_commit": commit or None,
             "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
             "torch_threads": torch.get_num_threads(),
-            "versions": {"python": sys.version.split()[0]}
-            | {m.__name__: str(m.__version__) for m in (torch, envpool, np)},  # str: torch's is of a kind of its own
+            "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, envpool, np)},
             "id": f"{time.time_ns():x}",  # for Weights & Biases
             "resumes": [],  # global steps at which the run went on, with new games
         }

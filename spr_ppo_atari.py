@@ -8,11 +8,10 @@
     φ  encoder, renormalised    h  transition_model     g  fc, also the head's first layer     q  predictor
     z  its latent               ẑ  predicted            g̃, z̃  of a target that follows        α  spr_loss_coef
 
-Published on Rainbow, off the policy; the port to PPO is ours. Games, sampling and settings are its siblings': only the
-auxiliary task differs. The talk on Deep SPI (Delgrange, Avalos and Röpke, ICLR 2026) says of another: "Let's just add
-L_R, L_P to the loss? No, we can't!" `--loss-placement` asks that of this one. Diff me against `deep_spi_ppo_atari.py`.
-With coefficient 0 this is `ppo_baseline.py` with renormalised latents, and nothing else, to the last bit on a CPU in
-float32. Cost: see docs/speed.md.
+Published on Rainbow, off the policy; the port to PPO is ours, with games, sampling and settings of its siblings. The
+talk on Deep SPI says "Let's just add L_R, L_P to the loss? No, we can't!" of others; `--loss-placement` asks that of
+this one. Diff me against `deep_spi_ppo_atari.py`. With coefficient 0 this is `ppo_baseline.py` with renormalised
+latents, and nothing else, to the last bit on a CPU in float32. Cost: see docs/speed.md.
 """
 
 import copy
@@ -312,27 +311,24 @@ def augment(frames: Tensor, noise: torch.Generator) -> Tensor:
     return shifted * (1 + 0.05 * torch.randn(B, 1, 1, 1, generator=noise, device=device).clamp(-2, 2))
 
 
-def view(agent: Agent, obs: Tensor, augmentation: bool, noise: torch.Generator) -> Tensor:
-    """Latents (B, h, w, C) of frames as the loss sees them, each time others: augmented, or with dropout in φ."""
-    return agent.encode(augment(obs, noise)) if augmentation else agent.encode(obs, dropout=noise)
-
-
 def look_ahead(
     agent: Agent, target: Agent, batch: Transitions, augmentation: bool, noise: torch.Generator
 ) -> tuple[list[Tensor], Tensor]:
-    """Predictions q(g(ẑ_{t+k})): for each k one (B, L - k + 1, 512), of those t whose t + k is in the chunk; and the
-    targets g̃(z̃_t), (B, L + 1, 512), of every frame of the chunk, without gradient.
-    """
+    """For each k, q(g(ẑ_{t+k})) if t + k is in the chunk, (B, L - k + 1, 512); and targets g̃(z̃), (B, L + 1, 512)."""
+
+    def view(who: Agent, obs: Tensor) -> Tensor:
+        """Latents of frames (B, n, ...) as the loss sees them, each time others: augmented, or with dropout in φ."""
+        frames = obs.flatten(0, 1)
+        z = who.encode(augment(frames, noise)) if augmentation else who.encode(frames, dropout=noise)
+        return z.unflatten(0, obs.shape[:2])
+
     B, L = len(batch.obs), batch.obs.shape[1] - 1
     with torch.no_grad():
-        z = view(target, batch.obs.flatten(0, 1), augmentation, noise)
-        targets = target.fc(z.flatten(1)).unflatten(0, (B, L + 1))
-    z = view(agent, batch.obs[:, :L].flatten(0, 1), augmentation, noise).unflatten(0, (B, L))
-    actions, predictions = batch.actions.view(B, L), []
-    for k in range(1, min(K, L) + 1):
-        z = agent.transition_model(z[:, : L - k + 1].flatten(0, 1), actions[:, k - 1 :].flatten())  # ẑ_{t+k}
-        predictions.append(agent.predictor(agent.fc(z.flatten(1))).unflatten(0, (B, L - k + 1)))
-        z = z.unflatten(0, (B, L - k + 1))
+        targets = target.fc(view(target, batch.obs).flatten(2))
+    z, actions, predictions = view(agent, batch.obs[:, :L]), batch.actions.view(B, L), []
+    for k in range(1, min(K, L) + 1):  # z becomes ẑ_{t+k}, where there is one
+        z = agent.transition_model(z[:, : L - k + 1].flatten(0, 1), actions[:, k - 1 :].flatten()).unflatten(0, (B, -1))
+        predictions.append(agent.predictor(agent.fc(z.flatten(2))))
     return predictions, targets
 
 
@@ -364,14 +360,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def what_the_model_knows(z: Tensor, targets: Tensor, l_spr: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def what_the_model_knows(z: Tensor, predictions: list[Tensor], targets: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """ℓ_SPR beside that of the target at t for all that follow, and of the mean target; the variance of z."""
-    L = targets.shape[1] - 1
-    copies = [targets[:, : L - k + 1] for k in range(1, min(K, L) + 1)]
-    means = [targets.mean((0, 1)).expand_as(prediction) for prediction in copies]
-    (copy_loss, pairs), (mean_loss, _) = (spr_loss(predictions, targets, mask) for predictions in (copies, means))
+    copies = [targets[:, : x.shape[1]] for x in predictions]
+    means = [targets.mean((0, 1)).expand_as(x) for x in predictions]
+    (loss, pairs), (copy_loss, _), (mean_loss, _) = (spr_loss(x, targets, mask) for x in (predictions, copies, means))
     return {
-        "world_model/spr_loss": masked_mean(l_spr, mask),
+        "world_model/spr_loss": masked_mean(loss, mask),
         "world_model/spr_loss_copy": masked_mean(copy_loss, mask),
         "world_model/spr_loss_mean": masked_mean(mean_loss, mask),
         "world_model/masked_share": 1 - pairs.mean() / K,  # of the pairs (t, k)
@@ -382,11 +377,9 @@ def what_the_model_knows(z: Tensor, targets: Tensor, l_spr: Tensor, mask: Tensor
 def compute_loss(
     agent: Agent, batch: Transitions, args: Args, noise: torch.Generator | None, target: Agent
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a minibatch, and what of it is logged, as scalars.
-
-    noise draws what ℓ_SPR sees; without it there is none. PPO sees plain frames: else r would not start at 1.
-    """
-    z = agent.encode(batch.obs[:, : len(batch.actions) // len(batch.obs)].flatten(0, 1))
+    """The loss of a minibatch, and what of it is logged, as scalars. Without noise it is PPO's, with no ℓ_SPR."""
+    frames = batch.obs[:, : len(batch.actions) // len(batch.obs)]  # as they are: augmented, r would not start at 1
+    z = agent.encode(frames.flatten(0, 1))
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
@@ -406,7 +399,7 @@ def compute_loss(
             is_clipped = clipped_objective(ratio, utility, args.clip_coef) < ratio * utility
             utility = torch.where(is_clipped, utility.detach(), utility)
         world_model_stats = {
-            **what_the_model_knows(z, targets, l_spr, batch.mask),
+            **what_the_model_knows(z, predictions, targets, batch.mask),
             "spi/utility_mean": masked_mean(utility, batch.mask),
             "spi/penalty_mean": masked_mean(penalty, batch.mask),
         }
@@ -502,8 +495,7 @@ def train(args: Args) -> None:
                 loss.backward()
                 stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
-                if run_world_model:
-                    follow(target, agent, rate=1.0 if args.augmentation else 0.01)
+                follow(target, agent, rate=1.0 if args.augmentation else 0.01)
                 epoch_stats.append(stats)
 
         # ---- Logging, of the last epoch
@@ -554,8 +546,7 @@ class Run:
             "git_commit": commit or None,
             "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
             "torch_threads": torch.get_num_threads(),
-            "versions": {"python": sys.version.split()[0]}
-            | {m.__name__: str(m.__version__) for m in (torch, envpool, np)},  # str: torch's is of a kind of its own
+            "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, envpool, np)},
             "id": f"{time.time_ns():x}",  # for Weights & Biases
             "resumes": [],  # global steps at which the run went on, with new games
         }

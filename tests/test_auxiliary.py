@@ -194,7 +194,7 @@ def test_predictions_equal_one_row_at_a_time(L, monkeypatch):
     """With the actions really taken, and the targets of the very frame that is predicted."""
     agent, (target,) = make_agents(spr)
     batch = make_batch(spr, L)
-    monkeypatch.setattr(spr, "view", lambda agent, obs, *_: agent.encode(obs))
+    monkeypatch.setattr(spr, "augment", lambda frames, noise: frames)
     agent.eval()  # BatchNorm alone ties rows together
     with torch.no_grad():
         predictions, targets = spr.look_ahead(agent, target, batch, True, seeded())
@@ -274,15 +274,15 @@ def test_what_is_logged_of_spr_equals_plain_loops():
 
 def test_spr_gradient_flows_where_it_must_and_nowhere_else(monkeypatch):
     agent, (target,) = make_agents(spr)
-    batch, views = make_batch(spr), []
+    batch, views, encode = make_batch(spr), [], spr.Agent.encode
 
     def recorded(agent, obs, *_):
-        views.append(agent.encode(obs))
+        views.append(encode(agent, obs))
         if views[-1].requires_grad:
             views[-1].retain_grad()
         return views[-1]
 
-    monkeypatch.setattr(spr, "view", recorded)
+    monkeypatch.setattr(spr.Agent, "encode", recorded)
     agent.transition_model.eval()  # with its own statistics, BatchNorm would tie every row to every other
     auxiliary_loss(spr, agent, batch, [target], seeded()).sum().backward()
     for name in ("encoder", "fc", "transition_model", "predictor"):
