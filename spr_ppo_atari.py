@@ -179,11 +179,7 @@ def renormalize(z: Tensor) -> Tensor:
 
 
 class TransitionModel(nn.Module):
-    """h(z, a): the next latent (h, w, C), as one deterministic prediction, renormalised.
-
-    In BatchNorm every row counts (published), one past an episode's end too: the one place where the mask does not
-    reach. Its statistics are of the loss alone, which always takes the minibatch's own: no action depends on them.
-    """
+    """h(z, a): the next latent (h, w, C), renormalised. Only the loss runs it: BatchNorm enters no acting."""
 
     def __init__(self, latent_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
@@ -191,7 +187,7 @@ class TransitionModel(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(C + num_actions, C, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.BatchNorm2d(C),
+            nn.BatchNorm2d(C),  # over every row (published), one past an end too: here alone the mask does not reach
             nn.Conv2d(C, C, 3, padding=1),
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
@@ -355,6 +351,7 @@ def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tenso
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 like a constant."""
+    returns = returns.double()  # so that the variance of constants is exactly 0
     errors, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
     return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
