@@ -1,7 +1,7 @@
 """Confounding updates (talk of Delgrange, Avalos and Röpke, ICLR 2026): a gridworld where improvement can be watched.
 
     python confounding_gridworld.py          # three methods, 3 seeds: 4 to 6 minutes on one core
-    python -m benchmark.confounding          # the study: thirteen settings, 10 seeds; README.md has its results
+    python -m benchmark.confounding          # the study: thirteen settings, 10 seeds; docs/results.md has its results
 
 Two corridors look alike up to their last cell, '!'. UP at the top '!' is best, UP at the bottom '!' is a disaster. An
 agent sees pictures; if φ merges the two '!', an update that raises UP at one raises it at both: as 1-ε of the episodes
