@@ -57,7 +57,7 @@ class Args:
     # ---- Experiment
     seed: int = 1  # seed of the environments, the networks and every random draw
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
-    precision: Literal["fp32", "bf16"] = "bf16" if HAS_BF16 else "fp32"  # of the networks
+    precision: Literal["fp32", "bf16"] = "bf16" if HAS_BF16 else "fp32"  # of the networks; weights stay fp32
     run_dir: str = ""  # the run's folder; a run stopped there goes on (default: runs/<env>__<script>__<seed>__<time>)
     checkpoint_interval: int = 100  # iterations from one checkpoint to the next
     track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)
@@ -67,7 +67,7 @@ class Args:
     total_timesteps: int = 10_000_000  # agent steps in all, rounded down to whole rollouts (1 agent step = 4 frames)
     num_envs: int = 128  # N, parallel environments
     num_steps: int = 8  # T, steps of each environment per iteration
-    repeat_action_probability: float = 0.3  # sticky actions: that the game repeats the last action, not the one chosen
+    repeat_action_probability: float = 0.3  # sticky actions: probability that the last action is repeated instead
     noop_max: int = 60  # a game starts with a random number of no-ops, from 1 to this many
 
     # ---- PPO
@@ -84,7 +84,7 @@ class Args:
 
     # ---- DBC
     dbc_loss_coef: float = 1.0  # α, weight of ℓ_P + ℓ_R + ½ ℓ_B
-    loss_placement: Literal["utility", "additive", "gated"] = "additive"  # in U; beside the objective; see compute_loss
+    loss_placement: Literal["utility", "additive", "gated"] = "additive"  # in U; beside it; in U where r is unclipped
 
     def __post_init__(self):
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
@@ -139,18 +139,18 @@ class Games:
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
 
     def reset(self) -> Tensor:
-        """First frames (N, 84, 84, 4) uint8: channels last, as convolutions are faster so."""
+        """First observations, each the last 4 frames, (N, 84, 84, 4) uint8: channels last is faster."""
         return torch.from_numpy(self.envs.reset()[0]).permute(0, 2, 3, 1)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[int, tuple[float, int]]]:
         """s', reward, is_terminal, is_last, (N, ...) each; and the episodes that ended: environment -> return, length.
 
         s' is the true next frame even at an end, where the next step only resets: a dummy row, of reward 0. To the
-        learner rewards are clipped, a lost life is a terminal state, and the time limit is none. An episode is a whole
+        learner rewards are clipped, a lost life is a terminal state, and the time limit is not. An episode is a whole
         game, its return unclipped; it lacks what was scored in the no-ops after a lost life: docs/environments.md.
         """
         frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
-        # After a lost life the game goes on for some no-ops. If it ends in them, only the lives of the next one tell.
+        # A reset after a lost life plays no-ops. If the game ends in them, only the next game's higher lives tell.
         untold = self.life_lost & (info["lives"] > self.lives)
         over = info["terminated"].astype(bool) | truncated
         self.returns += info["reward"]
@@ -215,7 +215,7 @@ class Agent(nn.Module):
         """z = φ(s), (B, D) float32, of frames (B, 84, 84, 4) uint8."""
         first, bf16 = self.encoder[0], torch.is_autocast_enabled(obs.device.type)
         frames = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32)
-        x = first._conv_forward(frames, first.weight / 255, first.bias)  # pixels over 255; there are fewer weights
+        x = first._conv_forward(frames, first.weight / 255, first.bias)  # = of pixels / 255: weights are fewer
         return self.bottleneck(self.encoder[1:](x).permute(0, 2, 3, 1).flatten(1)).float()
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,9 +230,9 @@ class Agent(nn.Module):
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch: B chunks of L steps, row after row. A whole rollout has (T, N) for (M,)."""
+    """The M transitions of a minibatch: B chunks of L steps, row after row."""
 
-    obs: Tensor  # (B, L + 1, 84, 84, 4) the frames s, and the last s'
+    obs: Tensor  # (B, L + 1, 84, 84, 4) the frames s, and the last s'; without a world model (B, L, ...)
     actions: Tensor  # (M,) int64
     rewards: Tensor  # (M,) clipped
     old_log_probs: Tensor  # (M, A) ln π_old of every action
@@ -246,21 +246,19 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, both (T, N) (Schulman et al., 2016, eq. 16).
 
-    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. The last of an
-    episode cuts the sum. Where the time limit cuts it, it is last and not terminal: its value is bootstrapped.
+    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. Sums stop at the
+    last state of an episode. At a time limit it is last but not terminal: its value is bootstrapped.
     """
     assert values.shape == is_terminal.shape == is_last.shape == (len(rewards) + 1, *rewards.shape[1:])
     deltas = rewards + gamma * values[1:] * ~is_terminal[1:] - values[:-1]  # (T, N)
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    advantages = torch.zeros_like(values)  # the last row stays 0
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantage
-        advantages[t] = advantage
-    return advantages, advantages + values[:-1]
+        advantages[t] = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantages[t + 1]
+    return advantages[:-1], advantages[:-1] + values[:-1]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (M,) over the rows whose mask (M,) is 1; 0 if there are none."""
+    """Mean of x (M,) or (T, N) over the rows whose mask is 1; 0 if there are none."""
     assert x.shape == mask.shape
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
@@ -309,52 +307,48 @@ def partners(mask: Tensor, noise: torch.Generator) -> Tensor:
 
 
 def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tensor:
-    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r and through U."""
+    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r, and through U if it has one."""
     return torch.min(ratio * utility, ratio.clamp(1 - clip_coef, 1 + clip_coef) * utility)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 like a constant."""
+    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 no better than a constant."""
     returns = returns.double()  # so that the variance of constants is exactly 0
     errors, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
     return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
 
 def latents(agent: Agent, batch: Transitions) -> tuple[Tensor, Tensor]:
-    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each frame is encoded once."""
+    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each observation of a chunk is encoded once."""
     z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (B, L + 1, ...)
-    return z[:, : len(batch.actions) // len(z)].flatten(0, 1), z[:, 1:].flatten(0, 1)
+    length = len(batch.actions) // len(z)
+    return z[:, :length].flatten(0, 1), z[:, 1:].flatten(0, 1)
 
 
 @torch.no_grad()
 def what_the_model_knows(z: Tensor, next_z: Tensor, mean: Tensor, std: Tensor, batch: Transitions) -> dict[str, Tensor]:
     """ℓ_P of z' ~ N(z, σ²), σ² as the batch has it; squared error of μ over that of z; ℓ_R of 0; the variance of z."""
-    errors, copy_errors = ((x - next_z).square() for x in (mean, z))  # (M, D)
-    best_std = ((copy_errors * batch.mask[:, None]).sum(0) / batch.mask.sum().clamp(min=1)).sqrt().clamp(min=1e-4)
-    error, copy_error = (masked_mean(x.mean(-1), batch.mask) for x in (errors, copy_errors))
+    share = batch.mask[:, None] / batch.mask.sum().clamp(min=1)  # of a row in a mean
+    errors, copy_errors = (((x - next_z).square() * share).sum(0) for x in (mean, z))  # (D,)
+    best_std = copy_errors.sqrt().clamp(min=1e-4)
     return {
         "world_model/transition_loss_copy": masked_mean(transition_loss(z, best_std, next_z), batch.mask),
-        "world_model/transition_error_ratio": error / copy_error.clamp(min=1e-12),
+        "world_model/transition_error_ratio": errors.mean() / copy_errors.mean().clamp(min=1e-12),
         "world_model/transition_std": masked_mean(std.mean(-1), batch.mask),
         "world_model/reward_loss_zero": masked_mean(reward_loss(0 * batch.rewards, batch.rewards), batch.mask),
-        "world_model/latent_variance": z.var(0, correction=0).mean(),
+        "world_model/latent_variance": ((z - (z * share).sum(0)).square() * share).sum(0).mean(),
     }
 
 
-def compute_loss(
-    agent: Agent, batch: Transitions, args: Args, noise: torch.Generator | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a minibatch, and what of it is logged, as scalars.
-
-    noise draws the pairs and the samples of P̄. Without it the world model is not run, and this is PPO.
-    """
+def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: torch.Generator | None) -> tuple[Tensor, dict]:
+    """The loss of a minibatch, and what of it is logged. Without noise the world model is not run: this is PPO."""
     z, next_z = latents(agent, batch)
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # first this, then the loss is subtracted as it is
+    advantages = normalize(batch.advantages, batch.mask)  # before the loss is subtracted, which is not
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         mean, std = agent.transition_model(z, batch.actions)  # (M, D) each
@@ -365,10 +359,9 @@ def compute_loss(
         l_b = bisimulation_loss(z, mean, std, batch.rewards, other, args.gamma)  # (M,)
         constant = bisimulation_loss(torch.zeros_like(z), mean, std, batch.rewards, other, args.gamma)  # all z alike
         penalty = args.dbc_loss_coef * (l_p + l_r + 0.5 * l_b)
-        if args.loss_placement == "additive":
-            additive_loss = masked_mean(penalty, batch.mask)  # as published
-        else:
-            utility = advantages - penalty  # U = A - α ℓ
+        utility = advantages - penalty  # U = A - α ℓ
+        if args.loss_placement == "additive":  # as published
+            utility, additive_loss = advantages, masked_mean(penalty, batch.mask)
         if args.loss_placement == "gated":  # in a row where the clip is active, the loss pulls no more either
             is_clipped = clipped_objective(ratio, utility, args.clip_coef) < ratio * utility
             utility = torch.where(is_clipped, utility.detach(), utility)
@@ -458,13 +451,13 @@ def train(args: Args) -> None:
         for _ in range(args.update_epochs):
             epoch_stats, stats = [], {}
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
-                # A chunk is L steps of one environment, and the frame after them.
+                # Chunk c is L steps of environment c % N, from step c // N * L on, and the observation after them.
                 t = chunks[:, None] // N * L + torch.arange(L + run_world_model)
-                frames = t * N + chunks[:, None] % N  # (B, L + 1), rows of the (T + 1) N frames
-                if not mask.flatten()[frames[:, :L]].any():
+                rows = t * N + chunks[:, None] % N  # (B, L + 1), of the (T + 1) N observations
+                if not mask.flatten()[rows[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
-                steps, frames = frames[:, :L].flatten().to(device), frames.to(device)
-                chunk_obs = obs.flatten(0, 1).index_select(0, frames.flatten()).unflatten(0, frames.shape)
+                steps, rows = rows[:, :L].flatten().to(device), rows.to(device)
+                chunk_obs = obs.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
                 batch = Transitions(chunk_obs, *(x.flatten(0, 1)[steps] for x in of_steps))
                 with autocast:
                     loss, stats = compute_loss(agent, batch, args, noise)
@@ -486,6 +479,20 @@ def train(args: Args) -> None:
 
 
 # ==== 6. The run's folder =============================================================================================
+
+
+def write_whole(path: Path, content: dict) -> None:
+    """torch.save, so that at any instant, power cuts included, the old or the new file is there. Raises OSError."""
+    torch.save(content, buffer := io.BytesIO())
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Run:
@@ -552,9 +559,8 @@ class Run:
         (self.dir / "config.json").write_text(text)
         (self.dir / script.name).write_bytes(script.read_bytes())
         (self.dir / "agent.pt").unlink(missing_ok=True)
-        self.episodes.truncate(self.state.get("episodes_bytes", 0))  # what came later is made again
-        if not self.state:
-            self.episodes.write("global_step,return,length\n")
+        self.episodes.seek(self.episodes.truncate(self.state.get("episodes_bytes", 0)))  # what came later is made again
+        self.episodes.write("" if self.state else "global_step,return,length\n")
         if args.track:
             import wandb  # optional, and nobody else should have to wait for it
 
@@ -569,7 +575,7 @@ class Run:
 
     def stop(self, number: int, _) -> None:
         """On a signal: end after this iteration. The second of the kind ends the process at once."""
-        self.signal = signal.Signals(number)
+        self.signal, self.bar.disable = signal.Signals(number), True  # the bar's pipe may have ended with the signal
         signal.signal(number, signal.SIG_DFL)
 
     def log_episodes(self, step: int, episodes: dict[int, tuple[float, int]]) -> None:
@@ -598,19 +604,13 @@ class Run:
         os.fsync(self.episodes.fileno())
         state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}
         state |= {"config": self.config, "episodes_bytes": self.episodes.tell()}
-        torch.save(state | {"iterations": self.iterations, "seconds": seconds}, content := io.BytesIO())
+        state |= {"iterations": self.iterations, "seconds": seconds}
+        for name, content in {"agent.pt": state["agent"], "checkpoint.pt": state}.items():
+            if name == "checkpoint.pt" or complete:
+                write_whole(self.dir / name, content)
         if complete:
-            torch.save(state["agent"], self.dir / "agent.pt")
-            self.bar.write(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
-        temporary = self.dir / "checkpoint.tmp"
-        try:  # at any instant, power cuts included, the old checkpoint or the new one is there
-            with open(temporary, "wb") as file:
-                file.write(content.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.dir / "checkpoint.pt")
-        finally:
-            temporary.unlink(missing_ok=True)
+            self.bar.close()
+            print(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
         if self.signal and not complete:
             print(f"\nstopped by {self.signal.name}; to go on: the same, with --run-dir {self.dir}", file=sys.stderr)
             raise SystemExit(75)
