@@ -103,7 +103,8 @@ class Args:
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its own folder has that name, and none
+        self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
 
@@ -474,25 +475,14 @@ def train(args: Args) -> None:
         metrics["spi/ratio_min"], metrics["spi/ratio_max"] = ratios.min().item(), ratios.max().item()
         metrics["losses/explained_variance"] = explained_variance(values[:T].cpu(), returns, mask).item()
         metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
+        with torch.no_grad(), autocast:  # the weights after the last step, which no loss has seen, may be too large
+            if not all(x.isfinite().all() for x in agent.policy_and_value(agent.encode(obs[T, :1]))):
+                raise FloatingPointError("not finite: policy or value, after the update")
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         run.end_iteration(metrics, ratios, learned)
 
 
 # ==== 6. The run's folder =============================================================================================
-
-
-def write_whole(path: Path, content: dict) -> None:
-    """torch.save, so that at any instant, power cuts included, the old or the new file is there. Raises OSError."""
-    torch.save(content, buffer := io.BytesIO())
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Run:
@@ -511,7 +501,7 @@ class Run:
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
 
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
-        self.dir = Path(args.run_dir or f"runs/{name}")
+        self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.episodes = open(self.dir / "episodes.csv", "a", buffering=1)  # each line is flushed
@@ -520,7 +510,7 @@ class Run:
             args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
         git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
         commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
-        if commit and script.name not in subprocess.run("git ls-files", **git).stdout.splitlines():
+        if commit and script.name not in subprocess.run("git ls-files -z", **git).stdout.split("\0"):
             commit += "-untracked"
         config = {
             "script": script.name,
@@ -541,14 +531,14 @@ class Run:
                 self.state = torch.load(path, map_location="cpu", weights_only=True)
                 assert self.episodes.tell() >= self.state["episodes_bytes"]
                 before = self.state["config"]["args"] | {"script": self.state["config"]["script"]}
+                resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
+                self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
             except Exception:  # of many kinds, as any byte may be wrong
                 args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
             now = self.config["args"] | {"script": script.name}
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
-            self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout
         if step + self.rollout > args.total_timesteps:
@@ -557,7 +547,8 @@ class Run:
 
         text = json.dumps(self.config, indent=2) + "\n"
         (self.dir / "config.json").write_text(text)
-        (self.dir / script.name).write_bytes(script.read_bytes())
+        if self.dir != script.parent:  # else it is there already: a full disk must not take it
+            (self.dir / script.name).write_bytes(script.read_bytes())
         (self.dir / "agent.pt").unlink(missing_ok=True)
         self.episodes.seek(self.episodes.truncate(self.state.get("episodes_bytes", 0)))  # what came later is made again
         self.episodes.write("" if self.state else "global_step,return,length\n")
@@ -605,13 +596,21 @@ class Run:
         state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}
         state |= {"config": self.config, "episodes_bytes": self.episodes.tell()}
         state |= {"iterations": self.iterations, "seconds": seconds}
-        for name, content in {"agent.pt": state["agent"], "checkpoint.pt": state}.items():
-            if name == "checkpoint.pt" or complete:
-                write_whole(self.dir / name, content)
+        for name, part in {**({"agent": state["agent"]} if complete else {}), "checkpoint": state}.items():
+            torch.save(part, content := io.BytesIO())  # not to the file: what a full disk raises is no OSError there
+            temporary = self.dir / f"{name}.tmp"
+            try:  # at any instant, power cuts included, the old file or the new one is there
+                with open(temporary, "wb") as file:
+                    file.write(content.getvalue())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.dir / f"{name}.pt")
+            finally:
+                temporary.unlink(missing_ok=True)
         if complete:
             self.bar.close()
             print(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
-        if self.signal and not complete:
+        elif self.signal:
             print(f"\nstopped by {self.signal.name}; to go on: the same, with --run-dir {self.dir}", file=sys.stderr)
             raise SystemExit(75)
 
@@ -619,7 +618,7 @@ class Run:
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread: its error is raised again here, and told below
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # whatever the locale
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and a path's bytes
     try:
         train(tyro.cli(Args, description=__doc__))
     except (FloatingPointError, OSError) as error:  # OSError: a full disk, say; the last checkpoint is whole
