@@ -501,7 +501,7 @@ def train(args: Args) -> None:
         metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
         with torch.no_grad(), autocast:  # the weights after the last step, which no loss has seen, may be too large
             if not all(x.isfinite().all() for x in agent.policy_and_value(agent.encode(obs[T, :1]))):
-                raise FloatingPointError("not finite: policy or value, after the update")
+                raise FloatingPointError("not finite: log_probs or value, after the update")
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         run.end_iteration(metrics, ratios, learned)
 
@@ -527,10 +527,11 @@ class Run:
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed
         try:
+            str(self.dir).encode()  # TensorBoard takes UTF-8 only
             self.dir.mkdir(parents=True, exist_ok=True)
             self.episodes = open(self.dir / "episodes.csv", "a", buffering=1)  # each line is flushed
             fcntl.flock(self.episodes, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
         git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
         commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
