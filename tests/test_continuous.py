@@ -18,6 +18,7 @@ from torch.distributions import Normal
 
 import deep_spi_ppo
 import deep_spi_ppo_continuous as script
+import evaluate
 from deep_spi_ppo_continuous import Agent, Args, Games, Normalizer, Transitions
 
 ROOT = Path(__file__).parent.parent
@@ -538,3 +539,16 @@ def test_differs_from_its_sibling_in_what_actions_touch():
     assert banners[0] == banners[1] and len(banners[0]) == 6
     folders = [text.split(banners[0][-1])[1] for text in texts]
     assert folders[0] == folders[1]
+
+
+def test_evaluate_plays_with_normal_policies(tmp_path):
+    """Greedy and sampled, from the run's own copy of the script; Pendulum's episodes have 200 steps."""
+    args = script.Args(
+        env_id="Pendulum-v1", num_envs=2, num_steps=8, total_timesteps=32, num_minibatches=2, update_epochs=1,
+        device="cpu", run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    script.train(args)
+    evaluate.main(evaluate.Args(tmp_path / "run", episodes=2))
+    rows = (tmp_path / "run" / "evaluation.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["greedy"] * 2 + ["sampled"] * 2
+    assert all(row.endswith(",200,1") and -2000 < float(row.split(",")[1]) < 0 for row in rows)
