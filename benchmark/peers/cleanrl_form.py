@@ -1,9 +1,9 @@
 """PPO in the form of CleanRL's `ppo_atari_envpool.py`: python -m benchmark.peers.cleanrl_form --env-id Breakout-v5
 
-A yardstick of speed. Written anew after its published design (Huang et al., 2022, JMLR 23(274), and its
-documentation): frames stored as float32, channels first, divided by 255 in every forward; a categorical distribution; the
-advantages in a loop over steps; minibatches of single shuffled steps; the value loss clipped. What it lacks of ours is
-what the scripts are compared in: masks, chunks, bf16, channels last. It logs charts/SPS, and saves nothing.
+A yardstick of speed, written anew after its published design (Huang et al., 2022, JMLR 23(274), and its documentation):
+frames stored as float32, channels first, divided by 255 in every forward; a categorical distribution; advantages in a
+loop over steps; minibatches of single shuffled steps; the value loss clipped. It has none of what the scripts have for
+speed: bf16, channels last, chunks. It logs charts/SPS, and saves nothing.
 """
 
 import time
