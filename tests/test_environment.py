@@ -114,3 +114,54 @@ def test_a_game_also_ends_where_lives_go_up_after_a_lost_life():
     ended = [games.step(torch.zeros(1, dtype=torch.int64))[-1] for _ in range(9)]
     assert ended[5] == {0: (157.0, 4)} and ended[7] == {0: (6.0, 2)}  # the first untold, the second told
     assert not any(ended[t] for t in (0, 1, 2, 3, 4, 6, 8))
+
+
+def test_a_game_that_ends_in_the_last_no_op_is_one_game():
+    """EnvPool says so twice: in the row that answers the lost life, and in the next one, of one step."""
+    games = ppo_baseline.Games(ppo_baseline.Args(env_id="RoadRunner-v5", num_envs=1, num_minibatches=1))
+    rows = [(False, 0, 2, 100.0), (True, 0, 1, 0.0), (False, 1, 0, 0.0), (True, 1, 0, 0.0), (False, 0, 3, 0.0)]
+    games.envs = RecordedLives([*rows, (False, 0, 3, 5.0), (True, 1, 0, 0.0)])
+    ended = [games.step(torch.zeros(1, dtype=torch.int64))[-1] for _ in range(7)]
+    assert ended[3] == {0: (100.0, 3)} and ended[6] == {0: (5.0, 2)}
+    assert not any(ended[t] for t in (0, 1, 2, 4, 5))
+
+
+class RecordedScores:
+    """EnvPool, with the score that the console shows read from its memory."""
+
+    def __init__(self, envs):
+        self.envs, self.scores, self.told = envs, [], 0
+
+    def step(self, actions):
+        row = self.envs.step(actions)
+        ram, is_over = row[4]["ram"], row[4]["terminated"].astype(bool) | row[3]
+        shown = np.where(ram[:, 73:77] & 15 == 10, 0, ram[:, 73:77] & 15)  # four digits, lowest first; 10 is not shown
+        self.scores.append(100.0 * (shown * 10 ** np.arange(4)).sum(-1))
+        self.told += is_over.sum()
+        return row
+
+
+@pytest.mark.parametrize(
+    "num_envs, steps",
+    [(4, 1200), pytest.param(8, 3000, marks=pytest.mark.slow)],
+)
+def test_roadrunner_games_are_those_of_the_console(num_envs, steps):
+    """LEFT held. A game begins where the console's score goes back to 0; before, it was the game's return."""
+    args = ppo_baseline.Args(env_id="RoadRunner-v5", num_envs=num_envs, noop_max=60, seed=5, device="cpu")
+    games = ppo_baseline.Games(args)
+    games.reset()
+    games.envs = RecordedScores(games.envs)
+    counted = [[] for _ in range(num_envs)]
+    for _ in range(steps):
+        for n, (episodic_return, length) in games.step(torch.full((num_envs,), 4))[-1].items():
+            assert length > 1
+            counted[n].append(episodic_return)
+    scores = np.array(games.envs.scores)  # (S, N)
+    total = 0
+    for n in range(num_envs):
+        new = np.flatnonzero(scores[1:, n] < scores[:-1, n])
+        shown = scores[new, n].tolist()
+        total += len(shown)
+        ours = [value for value in counted[n] if value > 0]  # a game without points leaves no trace in the score
+        assert ours[: len(shown)] == shown and len(ours) - len(shown) <= 1  # one may have ended in the last row
+    assert total > 1.4 * games.envs.told  # so many ends are untold
