@@ -158,11 +158,12 @@ def mean_of_real(batch, values):
     return sum(real) / len(real)
 
 
-@pytest.mark.parametrize("script", MODEL_SCRIPTS)
-@pytest.mark.parametrize("placement", ["utility", "additive", "gated"])
+@pytest.mark.parametrize(
+    "script, placement",
+    [(script, placement) for script in SPI_SCRIPTS for placement in ("utility", "additive", "gated")]
+    + [(deepmdp_ppo_atari, "additive")],
+)
 def test_losses_equal_plain_loops(script, placement):
-    if script is deepmdp_ppo_atari and placement != "additive":
-        pytest.skip("DeepMDP has one placement")
     agent, batch = make_agent(script), make_batch(script)
     settings = {"reward_loss_coef": 0.3, "transition_loss_coef": 0.01, "ent_coef": 0.02, "clip_coef": 0.1}
     settings |= {"loss_placement": placement} if script in SPI_SCRIPTS else {"gradient_penalty_coef": 0.0}
@@ -713,11 +714,9 @@ def test_group_sort_sorts_pairs():
     assert deep_spi_ppo_atari.group_sort(x).tolist() == [[1.0, 3.0, -2.0, 5.0, 4.0, 4.0]]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [deep_spi_ppo_atari, deepmdp_ppo_atari])
 def test_world_model_leaves_the_other_draws_alone(script):
     """The agents of the siblings start from the same weights, and the next draw is the same."""
-    if script is deep_spi_ppo:
-        pytest.skip("its networks are others")
     agent = make_agent(script)
     after = torch.rand(1)
     baseline = make_agent(ppo_baseline)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +113,13 @@ def test_run_leaves_what_it_promises(runs, key):
     assert (folder / f"{script}.py").read_bytes() == (ROOT / f"{script}.py").read_bytes()
     assert (folder / "episodes.csv").read_text().startswith("global_step,return,length\n")
     state = weights(runs, key)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert zipfile.ZipFile(folder / "checkpoint.pt").testzip() is None
+    assert_bit_equal(checkpoint["agent"], state)
+    assert checkpoint["iterations"] == 4 and checkpoint["config"] == config and config["resumes"] == []
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("events.")} == {
+        *("config.json", f"{script}.py", "episodes.csv", "checkpoint.pt", "agent.pt")
+    }
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert f"{folder}: complete" in done.stdout
     assert "steps" in done.stderr  # the progress bar
@@ -181,15 +189,62 @@ def test_what_is_not_finite_stops_the_run(tmp_path, flags):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_what_is_not_finite_later_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    """A loss that spoils the weights in iteration 3: the checkpoint of iteration 2 is there, whole and finite."""
+    compute_loss, calls = deep_spi_ppo.compute_loss, []
+
+    def spoiling(*inputs):
+        loss, stats = compute_loss(*inputs)
+        calls.append(loss)
+        return loss * (float("nan") if len(calls) == 2 * 32 + 1 else 1.0), stats
+
+    monkeypatch.setattr(deep_spi_ppo, "compute_loss", spoiling)
+    command = f"{SMALL[VECTOR]} --checkpoint-interval 1 --seed 3 --device cpu --run-dir {tmp_path / 'run'}"
+    args = tyro.cli(deep_spi_ppo.Args, args=command.split())
+    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(FloatingPointError, match="not finite"):
+        deep_spi_ppo.train(args)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["iterations"] == 2 and all(tensor.isfinite().all() for tensor in state["agent"].values())
+    assert not (tmp_path / "run" / "agent.pt").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(script, monkeypatch):
+    """With the comment beside the field."""
+    monkeypatch.setenv("COLUMNS", "250")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        tyro.cli(SCRIPTS[script].Args, args=["--help"])
+    shown = re.sub(r"[\s│]+", " ", out.getvalue())
+    fields = re.findall(r"^    (\w+): .*  # (.*)$", (ROOT / f"{script}.py").read_text(), re.MULTILINE)
+    names = list(vars(SCRIPTS[script].Args()))
+    explained = dict(field for field in fields if field[0] in names)
+    assert list(explained) == names
+    for name, explanation in explained.items():
+        assert f"--{name.replace('_', '-')}" in shown and explanation in shown
+
+
 def logged(runs, key):
+    """Names of a run's curves and histograms."""
     events = EventAccumulator(str(runs[0] / key))
     events.Reload()
-    return set(events.Tags()["scalars"])
+    return {*events.Tags()["scalars"], *events.Tags()["histograms"]}
+
+
+def names_in(script):
+    """What a script may log: all its strings of the form "room/name"."""
+    rooms = "charts|losses|world_model|spi"
+    return set(re.findall(rf'"((?:{rooms})/\w+)"', (ROOT / f"{script}.py").read_text()))
 
 
 def test_documented_metrics_are_the_logged_ones(runs):
+    """Table, source and event files have the same names; the Atari runs here are too short to end a game of Pong."""
     table = set(re.findall(r"^\| `(\w+/\w+)` \|", (ROOT / "docs" / "method.md").read_text(), re.MULTILINE))
+    scripts = [path.stem for path in ROOT.glob("*.py") if "SummaryWriter" in path.read_text(encoding="utf-8")]
+    assert set(SCRIPTS) <= set(scripts)
+    assert table == set().union(*map(names_in, scripts))
+    episode = {"charts/episodic_return", "charts/episodic_length"}
     for key in (BASELINE, ATARI, DEEPMDP, VECTOR):
-        assert logged(runs, key) <= table, logged(runs, key) - table
+        assert logged(runs, key) == names_in(key) - (episode if key != VECTOR else set()), key
     baseline, deep_spi = logged(runs, BASELINE), logged(runs, ATARI)
     assert baseline < deep_spi and not [name for name in baseline if name.startswith("world_model/")]

@@ -83,6 +83,14 @@ def test_minibatches_are_what_happened(env_id, ends, sticky, chunk_length, monke
         env_id=env_id, num_envs=N, num_steps=T, total_timesteps=T * N * iterations, sticky=sticky,
         chunk_length=chunk_length, num_minibatches=4, update_epochs=1, seed=11,
     )  # fmt: skip
+    compute_loss, ratios = deep_spi_ppo.compute_loss, []
+
+    def measured_loss(*inputs):
+        loss, stats = compute_loss(*inputs)
+        ratios.append(stats["spi/ratios"])
+        return loss, stats
+
+    monkeypatch.setattr(deep_spi_ppo, "compute_loss", measured_loss)
     envs, losses, gaes = record(deep_spi_ppo, monkeypatch, tmp_path, args)
     obs, executed, rewards, terminated, truncated, dummy = envs.history()
     assert {"terminated": terminated, "truncated": truncated}[ends].any() and dummy.any()
@@ -97,6 +105,11 @@ def test_minibatches_are_what_happened(env_id, ends, sticky, chunk_length, monke
         np.testing.assert_array_equal(is_last[:T], dummy[rows])
         np.testing.assert_array_equal(is_last[1:], (terminated | truncated)[rows])
         assert (gamma, gae_lambda) == (args.gamma, args.gae_lambda)
+
+    # The old policy is the one that played: until the first step of an iteration's update nothing has changed.
+    for k, of_minibatch in enumerate(ratios):
+        on_policy = torch.allclose(of_minibatch, torch.ones(()), rtol=0, atol=1e-5)
+        assert on_policy == (k % args.num_minibatches == 0)
 
     # What the losses are made of: each row of each minibatch is one step, found by its observation.
     step_of = {obs[s, n].tobytes(): (s, n) for s in range(T * iterations) for n in range(N)}
@@ -198,3 +211,58 @@ def test_frames_reach_the_encoder_as_they_were_seen(monkeypatch, tmp_path):
         ours = torch.cat(updates[2 * iteration : 2 * iteration + 2]).permute(0, 3, 1, 2).numpy()
         theirs = seen[8 * iteration : 8 * iteration + 8].reshape(-1, 4, 84, 84)
         assert sorted(frames.tobytes() for frames in ours) == sorted(frames.tobytes() for frames in theirs)
+
+
+def updates(script, monkeypatch, tmp_path, args):
+    """Run `script.train(args)`; return, for each iteration, its metrics, the number of Adam's steps so far, weights."""
+    log = []
+
+    def end_iteration(run, metrics, ratios, learned):
+        steps = [int(state["step"]) for state in learned["optimizer"].state_dict()["state"].values()]
+        weights = {name: tensor.clone() for name, tensor in learned["agent"].state_dict().items()}
+        log.append((dict(metrics), max(steps, default=0), weights))
+        return original(run, metrics, ratios, learned)
+
+    original = script.Run.end_iteration
+    monkeypatch.setattr(script.Run, "end_iteration", end_iteration)
+    envs, losses, _ = record(script, monkeypatch, tmp_path, args)
+    return envs, losses, log
+
+
+def test_minibatches_of_dummies_alone_are_left_out(monkeypatch, tmp_path):
+    """Minibatches of one row: as many steps of Adam as there are transitions, and nothing of a dummy in the means."""
+    T, N, iterations = 16, 4, 3
+    args = deep_spi_ppo.Args(
+        num_envs=N, num_steps=T, total_timesteps=T * N * iterations, chunk_length=1,
+        num_minibatches=T * N, update_epochs=2, seed=4,
+    )  # fmt: skip
+    envs, losses, log = updates(deep_spi_ppo, monkeypatch, tmp_path, args)
+    *_, dummy = envs.history()
+    real = (~dummy).reshape(iterations, -1).sum(1)
+    assert dummy.any() and len(losses) == 2 * real.sum()
+    assert all(batch.mask.tolist() == [1.0] for _, batch, *_ in losses)
+    assert [steps for _, steps, _ in log] == (2 * real.cumsum()).tolist()
+    assert all(np.isfinite(value) for metrics, *_ in log for value in metrics.values())
+
+
+def test_one_environment_one_step_one_row(monkeypatch, tmp_path, recwarn):
+    """N = T = M = 1. An iteration whose one row is a dummy leaves weights and Adam alone, and logs no loss."""
+    iterations = 60
+    args = deep_spi_ppo.Args(
+        num_envs=1, num_steps=1, total_timesteps=iterations, chunk_length=1, num_minibatches=1, update_epochs=2, seed=4
+    )
+    envs, _, log = updates(deep_spi_ppo, monkeypatch, tmp_path, args)
+    *_, dummy = envs.history()
+    assert len(log) == iterations and dummy.sum() >= 2
+    weights, steps = None, 0
+    for is_dummy, (metrics, steps_now, weights_now) in zip(dummy[:, 0], log, strict=True):
+        if is_dummy:
+            assert steps_now == steps and all(torch.equal(weights_now[name], weights[name]) for name in weights)
+            assert not [name for name in metrics if name.endswith("_loss") or name == "spi/outside_neighbourhood"]
+            assert metrics["spi/ratio_min"] == metrics["spi/ratio_max"] == 1
+        else:
+            assert steps_now == steps + 2 and 0 <= metrics["spi/outside_neighbourhood"] <= 1
+        assert metrics["losses/explained_variance"] == 0  # one return does not vary
+        assert all(np.isfinite(value) for value in metrics.values())
+        weights, steps = weights_now, steps_now
+    assert not [warning for warning in recwarn if "precision lowered by casting" not in str(warning.message)]
