@@ -22,21 +22,16 @@ import ctypes
 import difflib
 import fcntl
 import importlib.metadata
-import importlib.util
 import io
+import itertools
 import json
-import math
 import os
-import platform
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-import uuid
 import zipfile
-from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -53,6 +48,9 @@ from tqdm import tqdm
 
 # ==== 1. Arguments ====================================================================================================
 
+MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
+UNITS = torch.cpu.get_capabilities()
+HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # in hardware
 ATARI = [name for name, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
 
 
@@ -60,8 +58,8 @@ ATARI = [name for name, spec in envpool.registration.registry.specs.items() if s
 class Args:
     # ---- Experiment
     seed: int = 1  # seed of the environments, the networks and every random draw
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks live; auto takes CUDA if present
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the networks; auto: bf16 where the hardware has it
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
+    precision: Literal["fp32", "bf16"] = "bf16" if HAS_BF16 else "fp32"  # of the networks
     run_dir: str = ""  # the run's folder; a run stopped there goes on (default: runs/<env>__<script>__<seed>__<time>)
     checkpoint_interval: int = 100  # iterations from one checkpoint to the next
     track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)
@@ -101,7 +99,7 @@ class Args:
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
         for name in (field.name for field in fields(self) if field.type in (int, float)):
             least = 0 if name in ("seed", "imagination_starts") or type(getattr(self, name)) is float else 1
-            self.check(name, least <= getattr(self, name) < math.inf, f"must be finite and at least {least}")
+            self.check(name, least <= getattr(self, name) < np.inf, f"must be finite and at least {least}")
         for name in ("repeat_action_probability", "gamma", "gae_lambda"):
             self.check(name, getattr(self, name) <= 1, "must lie in [0, 1]")
         for name in ("learning_rate", "behaviour_learning_rate", "gamma", "max_grad_norm"):
@@ -118,7 +116,8 @@ class Args:
         self.check("imagination_starts", starts <= rollout, f"must be at most one rollout, {rollout}")
         self.check("imagination_starts", starts % minibatches == 0, f"must be a multiple of {minibatches} minibatches")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
+        packages = {package.name for package in importlib.metadata.distributions()}
+        self.check("track", not self.track or "wandb" in packages, "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
 
@@ -183,25 +182,22 @@ class Games:
 NUM_VARIABLES, NUM_CLASSES = 32, 32
 
 
-def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     """Orthogonal weights of gain `std`, zero biases."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def lecun_linear(num_inputs: int, num_outputs: int) -> nn.Linear:
-    """A layer with normal weights of variance 1/inputs, whose tails are cut at 2 std and made up for; zero biases."""
-    layer = nn.Linear(num_inputs, num_outputs)
-    std = math.sqrt(1 / num_inputs) / 0.87962566
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def lecun_mlp(num_inputs: int, num_outputs: int) -> nn.Sequential:
-    """What the world model is made of: one hidden layer of 512."""
-    return nn.Sequential(lecun_linear(num_inputs, 512), nn.ReLU(), lecun_linear(512, num_outputs))
+def lecun_mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers, ReLU between them. Weights are normal of variance 1/inputs, their tails cut, and made up for."""
+    layers = []
+    for num_inputs, num_outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
+        std = (1 / num_inputs) ** 0.5 / 0.87962566
+        nn.init.trunc_normal_(layers[-2].weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
 
 
 def one_hot_sample(logits: Tensor, noise: Tensor | float = 0.0) -> Tensor:
@@ -218,92 +214,74 @@ def embed(z: Tensor, table: nn.Embedding) -> Tensor:
     return torch.einsum("bvc,vcd->bvd", z, table.weight.unflatten(0, z.shape[1:]))
 
 
-class FrameConv(nn.Conv2d):
-    """Convolution of pixels 0 to 255 over 255. It divides its weights by 255, as there are far more pixels."""
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Planes (B, C, h, w) of frames (B, 4, 84, 84) uint8."""
-        bf16 = torch.is_autocast_enabled(frames.device.type)
-        return self._conv_forward(frames.to(torch.bfloat16 if bf16 else torch.float32), self.weight / 255, self.bias)
-
-
-class TransitionModel(nn.Module):
-    """P̄(·|z, a): draws each variable of the next latent by itself. What it costs does not grow with A."""
-
-    def __init__(self, num_actions: int):
-        super().__init__()
-        self.noise_shape = NUM_VARIABLES, NUM_CLASSES
-        self.embedding = nn.Embedding(NUM_VARIABLES * NUM_CLASSES, 128)
-        self.action_embedding = nn.Embedding(num_actions, 128)
-        nn.init.normal_(self.action_embedding.weight, std=math.sqrt(1 / 128))
-        self.mlp = lecun_mlp(NUM_VARIABLES * 2 * 128, NUM_VARIABLES * NUM_CLASSES)
-
-    def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """A straight-through sample z̄' of P̄(·|z, a), (B, V, C) as z and the Gumbel noise are, for actions (B,)."""
-        tokens = embed(z, self.embedding)  # (B, V, 128)
-        action = self.action_embedding(actions).to(tokens.dtype)[:, None].expand_as(tokens)
-        logits = self.mlp(torch.cat((tokens, action), dim=-1).flatten(1))
-        return one_hot_sample(logits.float().view(z.shape), noise)
-
-
-class RewardModel(nn.Module):
-    """R̄(z, a): a network with one output per action."""
-
-    def __init__(self, num_actions: int):
-        super().__init__()
-        self.embedding = nn.Embedding(NUM_VARIABLES * NUM_CLASSES, 128)
-        self.mlp = lecun_mlp(NUM_VARIABLES * 128, num_actions)
-
-    def forward(self, z: Tensor, actions: Tensor) -> Tensor:
-        """Predicted clipped reward (B,) of latents z (B, V, C) and actions (B,)."""
-        return self.mlp(embed(z, self.embedding).flatten(1)).float().gather(1, actions[:, None]).squeeze(1)
-
-
 class Agent(nn.Module):
     """Encoder φ; world model: P̄, R̄ and the done model; actor π̄; critic. They share nothing but the latent."""
 
     def __init__(self, num_actions: int):
         super().__init__()
+        size = NUM_VARIABLES * NUM_CLASSES
         self.encoder = nn.Sequential(
-            layer_init(FrameConv(4, 32, 8, stride=4)),
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
             nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
             nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
-        latent_size = NUM_VARIABLES * NUM_CLASSES
-        self.latent = lecun_linear(7 * 7 * 64, latent_size)
-        self.transition_model, self.reward_model = TransitionModel(num_actions), RewardModel(num_actions)
-        self.done_mlp = lecun_mlp(latent_size, 1)
+        self.latent = lecun_mlp(7 * 7 * 64, size)
+        self.world_model = nn.ModuleDict(
+            {
+                "tokens": nn.Embedding(size, 128),  # P̄'s table of the classes of each variable
+                "actions": nn.Embedding(num_actions, 128),
+                "transition": lecun_mlp(NUM_VARIABLES * (128 + 128), 512, size),
+                "reward_tokens": nn.Embedding(size, 128),
+                "reward": lecun_mlp(NUM_VARIABLES * 128, 512, num_actions),
+                "done": lecun_mlp(size, 512, 1),
+            }
+        )
+        nn.init.normal_(self.world_model["actions"].weight, std=(1 / 128) ** 0.5)
         self.actor, self.critic = (
-            nn.Sequential(layer_init(nn.Linear(latent_size, 512)), nn.ReLU(), layer_init(nn.Linear(512, n), std))
-            for n, std in ((num_actions, 0.01), (1, 1.0))
+            nn.Sequential(layer_init(nn.Linear(size, 512)), nn.ReLU(), layer_init(nn.Linear(512, num_outputs), std))
+            for num_outputs, std in ((num_actions, 0.01), (1, 1.0))
         )
 
     def encode(self, obs: Tensor) -> Tensor:
         """z = φ(s), (B, V, C) straight-through one-hot, of frames (B, 84, 84, 4) uint8."""
-        planes = self.encoder(obs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, 7, 7, 64)
-        return one_hot_sample(self.latent(planes.flatten(1)).float().unflatten(1, (NUM_VARIABLES, NUM_CLASSES)))
+        first, bf16 = self.encoder[0], torch.is_autocast_enabled(obs.device.type)
+        frames = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32)
+        x = first._conv_forward(frames, first.weight / 255, first.bias)  # pixels over 255; there are fewer weights
+        x = self.encoder[1:](x).permute(0, 2, 3, 1)  # (B, 7, 7, 64)
+        return one_hot_sample(self.latent(x.flatten(1)).float().unflatten(1, (NUM_VARIABLES, NUM_CLASSES)))
+
+    def transition_model(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
+        """A straight-through sample z̄' of P̄(·|z, a), (B, V, C) as z and the Gumbel noise are, for actions (B,).
+
+        The variables are drawn each by itself. What it costs does not grow with A.
+        """
+        tokens = embed(z, self.world_model["tokens"])  # (B, V, 128)
+        action = self.world_model["actions"](actions).to(tokens.dtype)[:, None].expand_as(tokens)
+        logits = self.world_model["transition"](torch.cat((tokens, action), dim=-1).flatten(1))
+        return one_hot_sample(logits.float().view(z.shape), noise)
+
+    def reward_model(self, z: Tensor, actions: Tensor) -> Tensor:
+        """R̄(z, a): the predicted clipped reward (B,) of latents z (B, V, C) and actions (B,)."""
+        rewards = self.world_model["reward"](embed(z, self.world_model["reward_tokens"]).flatten(1))  # (B, A)
+        return rewards.float().gather(1, actions[:, None]).squeeze(1)
+
+    def done_model(self, z: Tensor) -> Tensor:
+        """Log-odds (B,) that latents z are those of terminal states."""
+        return self.world_model["done"](z.flatten(1)).float().squeeze(-1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, A) of every action, and the value (B,), of latents z. No gradient of V reaches z."""
         z = z.flatten(1)
         return self.actor(z).float().log_softmax(-1), self.critic(z.detach()).float().squeeze(-1)
 
-    def done_model(self, z: Tensor) -> Tensor:
-        """Log-odds (B,) that latents z are those of terminal states."""
-        return self.done_mlp(z.flatten(1)).float().squeeze(-1)
-
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of each part: a part has a learning rate, and a clipped gradient, of its own."""
-        modules = {
-            "encoder": (self.encoder, self.latent),
-            "world_model": (self.transition_model, self.reward_model, self.done_mlp),
-            "actor": (self.actor,),
-            "critic": (self.critic,),
-        }
-        return {name: [p for module in part for p in module.parameters()] for name, part in modules.items()}
+        encoder = [*self.encoder.parameters(), *self.latent.parameters()]
+        others = {"world_model": self.world_model, "actor": self.actor, "critic": self.critic}
+        return {"encoder": encoder, **{name: list(part.parameters()) for name, part in others.items()}}
 
 
 # ==== 4. Equations ====================================================================================================
@@ -313,23 +291,16 @@ class Agent(nn.Module):
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch, or all of a rollout, (T, N) in place of (M,), or all imagined ones, (H, B)."""
+    """The M transitions of a minibatch. All of a rollout have (T, N) in place of (M,), all imagined ones (H, B)."""
 
-    obs: Tensor  # (chunks, L + 1, 84, 84, 4) frames, the last of each chunk as s' only; imagined: z (M, V, C)
+    obs: Tensor  # (chunks, L + 1, 84, 84, 4) frames, a chunk's last one being s' only; imagined: z (M, V, C)
     actions: Tensor  # (M,) int64
     rewards: Tensor  # (M,) clipped; imagined: R̄'s
     old_log_probs: Tensor  # (M, A) ln π_old of every action
     advantages: Tensor  # (M,)
     returns: Tensor  # (M,) the value function's target
-    next_is_terminal: Tensor  # (M,) 1 where s' is a terminal state
+    next_is_terminal: Tensor  # (M,) 1 where s' has value 0; imagined: what the done model drew
     mask: Tensor  # (M,) 1 real, 0 dummy
-
-
-def sample_actions(log_probs: Tensor) -> Tensor:
-    """Actions (N,) drawn from the policy's ln π (N, A), on the CPU. Raises FloatingPointError if it is not finite."""
-    if not log_probs.isfinite().all():
-        raise FloatingPointError("log_probs")
-    return torch.multinomial(log_probs.exp(), num_samples=1).squeeze(-1)
 
 
 def compute_gae(
@@ -368,7 +339,7 @@ def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tenso
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 no better than a constant, or no variance."""
+    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 like a constant."""
     errors, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
     return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
@@ -379,31 +350,28 @@ def gumbel(*shape: int) -> Tensor:
 
 
 def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
-    """|r - R̄(φ(s),a)|, as smooth-L1, per transition: (M,). It is ℓ_R together with `done_loss`."""
+    """|r - R̄(φ(s),a)|, as smooth-L1, per transition: (M,). ℓ_R is this and `done_loss`."""
     return F.smooth_l1_loss(predicted_rewards, rewards, reduction="none")
 
 
 def done_loss(log_odds: Tensor, is_terminal: Tensor) -> Tensor:
-    """Smooth-L1 of the probability that s' is terminal, per transition: (M,). φ too is to tell terminal states."""
+    """Smooth-L1 of the probability that s' is terminal, per transition: (M,). φ too is to tell these states."""
     return F.smooth_l1_loss(log_odds.sigmoid() + 1e-8, is_terminal, reduction="none")
 
 
 def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): the share of the variables whose class is wrong, per transition: (M,).
 
-    In numbers, smooth-L1 summed over the classes (½ for the class missed, ½ for the one taken), mean over variables.
-    Its gradient goes into P̄, z and z', by way of the probabilities of all three.
+    Smooth-L1 (½ for the class missed, ½ for the one taken), summed over classes, mean over variables. Its gradient goes
+    into P̄, z and z', by way of the probabilities of all three.
     """
     return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").sum(-1).mean(-1)
 
 
-def surrogate(
+def compute_loss(
     agent: Agent, batch: Transitions, z: Tensor, penalty: Tensor | float, clip_coef: float, args: Args
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """PPO's loss with the utility U = A - penalty; policy, value loss and the like; ln π_new/π_old (M, A).
-
-    z (M, V, C): latents of the transitions; clip_coef: ε.
-    """
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss on latents z (M, V, C), of the utility U = A - penalty; and what of it is logged."""
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
@@ -414,21 +382,26 @@ def surrogate(
     value_loss = 0.5 * masked_mean((values - batch.returns).square(), batch.mask)
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    outside = (ratios > 1 + clip_coef) | (ratios < 1 - clip_coef)  # of N^C with C = 1 + ε
     stats = {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "entropy": entropy,
-        "approx_kl": masked_mean(ratio - 1 - log_ratio, batch.mask),
-        "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), batch.mask),
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/approx_kl": masked_mean(ratio - 1 - log_ratio, batch.mask),
+        "losses/clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), batch.mask),
+        "spi/ratios": ratios,
+        "spi/outside_neighbourhood": masked_mean(outside.float().mean(-1), batch.mask),
     }
-    return loss, stats, log_ratios
+    return loss, {name: value.detach() for name, value in stats.items()}
 
 
 def model_loss(agent: Agent, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of φ and the world model on real data, and what of it is logged. noise (M, V, C): Gumbel, for P̄'s sample.
+    """The loss of φ and the world model on real data, and what of it is logged. noise (M, V, C): Gumbel, for z̄'.
 
-    Actor and critic are constants. Neither z nor z' is detached. The clip ends the pull of the advantage on φ; that of
-    the losses goes on, with weight clip(r).
+    To it actor and critic are constants; neither z nor z' is detached. The clip ends the pull of the advantage on φ.
+    That of the losses goes on, with weight clip(r).
     """
     z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (chunks, L + 1, V, C)
     z, next_z = z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1)  # (M, V, C)
@@ -437,58 +410,33 @@ def model_loss(agent: Agent, batch: Transitions, noise: Tensor, args: Args) -> t
     l_p = transition_loss(agent.transition_model(z, batch.actions, noise), next_z)  # (M,)
     penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
 
-    loss, stats, log_ratios = surrogate(agent, batch, z, penalty, args.clip_coef, args)  # U = A - α_R ℓ_R - α_P ℓ_P
-    stats = {f"losses/{name}": value for name, value in stats.items()} | {
-        "world_model/reward_loss": masked_mean(l_r, batch.mask),
-        "world_model/done_loss": masked_mean(l_done, batch.mask),
-        "world_model/transition_loss": masked_mean(l_p, batch.mask),
-        "world_model/transition_loss_copy": masked_mean(transition_loss(z, next_z), batch.mask),  # z̄' = z instead
-        "spi/penalty_mean": masked_mean(penalty, batch.mask),
-    }
-    stats |= {f"spi/{name}": value for name, value in neighbourhood(log_ratios, batch.mask, 1 + args.clip_coef).items()}
-    return loss, {name: value.detach() for name, value in stats.items()}
+    loss, stats = compute_loss(agent, batch, z, penalty, args.clip_coef, args)  # U = A - α_R ℓ_R - α_P ℓ_P
+    of_model = {"reward_loss": l_r, "done_loss": l_done, "transition_loss": l_p}
+    of_model["transition_loss_copy"] = transition_loss(z, next_z)  # of "no change"
+    stats |= {f"world_model/{name}": masked_mean(x, batch.mask).detach() for name, x in of_model.items()}
+    return loss, stats | {"spi/penalty_mean": masked_mean(penalty, batch.mask).detach()}
 
 
-def behaviour_loss(agent: Agent, batch: Transitions, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of actor and critic on imagined transitions, whose latents are constants, and what of it is logged."""
-    loss, stats, _ = surrogate(agent, batch, batch.obs, 0.0, args.imagination_clip_coef, args)
-    return loss, {f"imagination/{name}": value.detach() for name, value in stats.items()}
-
-
-@torch.no_grad()
 def imagine(
     agent: Agent, z: Tensor, mask: Tensor, action_noise: Tensor, latent_noise: Tensor, done_noise: Tensor, args: Args
 ) -> Transitions:
-    """H steps in the world model from latents z (B, V, C), with their advantages. All of it is constant.
+    """H steps in the world model from latents z (B, V, C), with their advantages; to be run without gradient.
 
     mask (B,): 1 for starts that count. Noise: Gumbel (H, B, A) and (H, B, V, C), logistic (H, B). Where an episode ends
-    the chain goes on from the latent before that step, as a new start: the sum of rewards is cut there, no row is lost.
+    the chain goes on from the latent before that step, as a new start: the sum of rewards is cut, and no row is lost.
     """
     steps, is_done = [], [torch.zeros_like(mask, dtype=torch.bool)]
     for of_action, of_latent, of_done in zip(action_noise, latent_noise, done_noise, strict=True):
         log_probs, values = agent.policy_and_value(z)
         actions = (log_probs + of_action).argmax(-1)  # a ~ π̄(·|z)
         next_z = agent.transition_model(z, actions, of_latent)  # z̄' ~ P̄(·|z, a)
-        is_done.append(agent.done_model(next_z) + of_done > 0)  # with the model's probability for z̄'
+        is_done.append(agent.done_model(next_z) + of_done > 0)  # with the probability that z̄' is terminal
         steps.append((z, actions, agent.reward_model(z, actions), log_probs, values))
         z = torch.where(is_done[-1][:, None, None], z, next_z)
     latents, actions, rewards, log_probs, values = map(torch.stack, zip(*steps, strict=True))
     values, is_done = torch.cat((values, agent.policy_and_value(z)[1][None])), torch.stack(is_done)  # (H + 1, B)
-    advantages, returns = compute_gae(rewards, values, is_done, is_done, args.gamma, args.gae_lambda)
-    return Transitions(
-        latents, actions, rewards, log_probs, advantages, returns, is_done[1:].float(), mask.expand_as(rewards)
-    )
-
-
-def neighbourhood(log_ratios: Tensor, mask: Tensor, c: float) -> dict[str, Tensor]:
-    """Of π'/π, whose logarithms are (M, A): the least and the largest, and how much of it lies outside N^C."""
-    ratios = torch.where(mask[:, None] > 0, log_ratios.exp(), 1.0)
-    outside = (ratios > c) | (ratios < 2 - c)
-    return {
-        "ratio_min": ratios.min(),
-        "ratio_max": ratios.max(),
-        "outside_neighbourhood": masked_mean(outside.float().mean(-1), mask),
-    }
+    targets = compute_gae(rewards, values, is_done, is_done, args.gamma, args.gae_lambda)
+    return Transitions(latents, actions, rewards, log_probs, *targets, is_done[1:].float(), mask.expand_as(rewards))
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
@@ -502,10 +450,10 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
 def optimizer_step(
     optimizer: torch.optim.Adam, loss: Tensor, names: tuple[str, ...], max_grad_norm: float
 ) -> dict[str, Tensor]:
-    """Move the parts of these names and nothing else, by the gradient at current weights of all; its norms are logged.
+    """Move the parts of these names, and nothing else, by gradients at current weights; the norms are logged.
 
-    Each part's gradient is clipped to a norm of its own: summed in float64, as float32 loses five digits over millions
-    of weights. What has no gradient, Adam leaves alone, its moments too.
+    Each part's is clipped by its own norm: summed in float64, as float32 loses digits over millions of weights. What
+    has no gradient, Adam leaves alone, its moments too.
     """
     parts = {group["name"]: group["params"] for group in optimizer.param_groups if group["name"] in names}
     optimizer.zero_grad()
@@ -520,42 +468,34 @@ def optimizer_step(
 
 
 def reward_sum(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
-    """Discounted sum of rewards (H, B) up to the first end, where ends (H, B) is 1 if that step ended its episode."""
+    """Discounted sum (B,) of rewards (H, B) up to the first end, where ends (H, B) is 1 if that step was the last."""
     is_alive = torch.cat((torch.ones_like(ends[:1]), (1 - ends[:-1]).cumprod(0)))
     return (rewards * is_alive * gamma ** torch.arange(len(rewards))[:, None]).sum(0)
 
 
-def planning_stats(agent: Agent, imagined: Transitions, gamma: float) -> dict[str, Tensor]:
-    """How far the actor has moved on all imagined states. The planning theorem wants π̄ within N^{1/γ} of π̄_b.
+def planning_stats(
+    agent: Agent, dreams: Transitions, starts: Tensor, rewards: Tensor, is_terminal: Tensor, is_last: Tensor, args: Args
+) -> dict[str, Tensor]:
+    """How far the actor moved on imagined states, and how true these are.
 
-    The largest ratio π̄/π̄_b; the mean over states of each one's largest; the share of states with all actions inside.
+    The planning theorem wants π̄ within N^{1/γ} of what it was: the largest ratio; the mean over states of each one's
+    largest; the share of states inside. Then ends per step, imagined and real; and rewards over min(T, H) steps, without
+    any value function, from those starts (B,) of imagination that are first in the rollout.
     """
-    log_probs, mask = agent.policy_and_value(imagined.obs.flatten(0, 1))[0], imagined.mask.flatten()
-    ratios = torch.where(mask[:, None] > 0, (log_probs - imagined.old_log_probs.flatten(0, 1)).exp(), 1.0)
-    is_inside = ((ratios <= 1 / gamma) & (ratios >= 2 - 1 / gamma)).all(-1)
+    (T, N), n = rewards.shape, min(len(rewards), args.horizon)
+    log_ratios = agent.policy_and_value(dreams.obs.flatten(0, 1))[0] - dreams.old_log_probs.flatten(0, 1)
+    dreams, log_ratios = Transitions(*(x.cpu() for x in dreams)), log_ratios.cpu()
+    ratios = torch.where(dreams.mask.flatten()[:, None] > 0, log_ratios.exp(), 1.0)
+    is_inside = ((ratios <= 1 / args.gamma) & (ratios >= 2 - 1 / args.gamma)).all(-1).float()
+    dreamt = reward_sum(dreams.rewards[:n], dreams.next_is_terminal[:n], args.gamma)  # (B,)
+    happened = reward_sum(rewards[:n], is_last[1 : n + 1].float(), args.gamma)[starts % N]
+    mask = dreams.mask[0] * (starts < N)
     return {
         "spi/planning_ratio_max": ratios.max(),
-        "spi/planning_ratio_mean": masked_mean(ratios.amax(-1), mask),
-        "spi/planning_inside": masked_mean(is_inside.float(), mask),
-    }
-
-
-def calibration(
-    imagined: Transitions, starts: Tensor, rewards: Tensor, is_terminal: Tensor, is_last: Tensor, gamma: float
-) -> dict[str, Tensor]:
-    """What is imagined against what happened, both on the CPU: ends per step, and rewards from the same starts.
-
-    starts (B,): rows of the rollout's T N. Rewards are summed over min(T, H) steps from the rollout's first
-    observations, without any value function.
-    """
-    (T, N), n = rewards.shape, min(len(rewards), len(imagined.rewards))
-    ends, real = is_terminal[1:].float(), (~is_last[:T]).float()
-    dreamt = reward_sum(imagined.rewards[:n], imagined.next_is_terminal[:n], gamma)  # (B,)
-    happened = reward_sum(rewards[:n], is_last[1 : n + 1].float(), gamma)[starts % N]
-    mask = imagined.mask[0] * (starts < N)
-    return {
-        "imagination/done_rate": masked_mean(imagined.next_is_terminal, imagined.mask),
-        "imagination/real_done_rate": masked_mean(ends, real),
+        "spi/planning_ratio_mean": masked_mean(ratios.amax(-1), dreams.mask.flatten()),
+        "spi/planning_inside": masked_mean(is_inside, dreams.mask.flatten()),
+        "imagination/done_rate": masked_mean(dreams.next_is_terminal, dreams.mask),
+        "imagination/real_done_rate": masked_mean(is_terminal[1:].float(), (~is_last[:T]).float()),
         "imagination/reward_sum": masked_mean(dreamt, mask),
         "imagination/real_reward_sum": masked_mean(happened, mask),
         "imagination/reward_sum_error": masked_mean((dreamt - happened).abs(), mask),
@@ -563,26 +503,13 @@ def calibration(
 
 
 def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) -> dict[str, Tensor]:
-    """Of the latents z ((T + 1) N, V, C) of a rollout: what they use of their classes, and whether they tell its ends.
-
-    The share of classes never taken; the entropy (nats) of a variable's classes; the share of terminal states that the
-    done model calls so, if there are any.
-    """
-    usage = z[~is_last.flatten()].mean(0)  # (V, C)
-    stats = {
-        "world_model/dead_classes": (usage == 0).float().mean(),
-        "world_model/latent_entropy": torch.special.entr(usage).sum(-1).mean(),
-    }
+    """Of a rollout's latents z (T + 1, N, V, C): the share of classes never taken; the entropy (nats) of a variable's
+    classes; and the share of the terminal states that the done model calls so, if there are any."""
+    usage = z[~is_last].mean(0)  # (V, C)
+    stats = {"dead_classes": (usage == 0).float().mean(), "latent_entropy": torch.special.entr(usage).sum(-1).mean()}
     if is_terminal.any():
-        stats["world_model/done_accuracy_last"] = (agent.done_model(z[is_terminal.flatten()]) > 0).float().mean()
-    return stats
-
-
-def over_minibatches(rows: list[dict[str, Tensor]]) -> dict[str, float]:
-    """What is logged of minibatches, if there are any: the least and the largest ratio, and the mean of all else."""
-    table = {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-    extremes = {"spi/ratio_min": torch.min, "spi/ratio_max": torch.max}
-    return {name: extremes.get(name, torch.mean)(column).item() for name, column in table.items()}
+        stats["done_accuracy_last"] = (agent.done_model(z[is_terminal]) > 0).float().mean()
+    return {f"world_model/{name}": value for name, value in stats.items()}
 
 
 # ==== 5. Training =====================================================================================================
@@ -591,15 +518,19 @@ def over_minibatches(rows: list[dict[str, Tensor]]) -> dict[str, float]:
 def train(args: Args) -> None:
     """Play a rollout; learn φ and the world model from it; learn to act in imagination; again and again."""
     T, N, L, H = args.num_steps, args.num_envs, args.chunk_length, args.horizon
-    num_starts, num_iterations = args.imagination_starts or T * N, args.total_timesteps // (T * N)
-    run = Run(args)
-    device, autocast = run.device, torch.autocast(run.device, torch.bfloat16, enabled=run.precision == "bf16")
+    num_starts = args.imagination_starts or T * N  # B
+    run, num_iterations = Run(args), args.total_timesteps // (T * N)
+    device, autocast = args.device, torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
     torch.manual_seed(args.seed)
     games = Games(args, run.iterations)
     agent = Agent(games.num_actions).to(device)
     optimizer = make_optimizer(agent, args)
-    run.restore(agent=agent, optimizer=optimizer)
+    learned = {"agent": agent, "optimizer": optimizer}
+    if run.state:
+        torch.set_rng_state(run.state["rng"])
+        for name, part in learned.items():
+            part.load_state_dict(run.state[name])
 
     # Frames and policies live on the device; the rest, like the games, on the CPU.
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
@@ -607,7 +538,7 @@ def train(args: Args) -> None:
     values = torch.zeros((T + 1, N), device=device)
     actions = torch.zeros((T, N), dtype=torch.int64)
     rewards = torch.zeros((T, N))
-    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # of obs[t]: a state of value 0, an episode's end
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t] has value 0; ends an episode
     obs[T] = games.reset()
 
     for iteration in range(run.iterations, num_iterations):
@@ -618,7 +549,9 @@ def train(args: Args) -> None:
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
-            actions[t] = sample_actions(log_probs[t].cpu())
+            if not log_probs[t].isfinite().all():
+                raise FloatingPointError("not finite: log_probs")
+            actions[t] = torch.multinomial(log_probs[t].exp().cpu(), num_samples=1).squeeze(-1)
             obs[t + 1], rewards[t], is_terminal[t + 1], is_last[t + 1], episodes = games.step(actions[t])
             run.log_episodes((iteration * T + t + 1) * N, episodes)
 
@@ -636,23 +569,23 @@ def train(args: Args) -> None:
                 # A chunk is L steps of one environment. Its L + 1 frames are encoded once, as s and as the last s'.
                 t = chunks[:, None] // N * L + torch.arange(L + 1)
                 frames = t * N + chunks[:, None] % N  # (chunks, L + 1), rows of the (T + 1) N frames
-                if not mask.flatten()[frames[:, :-1]].any():
+                if not mask.flatten()[frames[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
-                frames, steps = frames.to(device), frames[:, :-1].flatten().to(device)
+                frames, steps = frames.to(device), frames[:, :L].flatten().to(device)
                 batch = Transitions(obs.flatten(0, 1)[frames], *(x.flatten(0, 1)[steps] for x in of_steps))
-                noise = gumbel(len(steps), *agent.transition_model.noise_shape).to(device)
+                noise = gumbel(len(steps), NUM_VARIABLES, NUM_CLASSES).to(device)
                 with autocast:
                     loss, stats = model_loss(agent, batch, noise, args)
                 stats |= optimizer_step(optimizer, loss, ("encoder", "world_model"), args.max_grad_norm)
                 model_stats.append(stats)
 
         # ---- Imagination, from the new latents
+        starts = torch.randperm(T * N)[:num_starts]
+        is_real = mask.flatten()[starts]
+        noise = gumbel(H, num_starts, games.num_actions), gumbel(H, num_starts, NUM_VARIABLES, NUM_CLASSES)
+        noise = [x.to(device) for x in (*noise, torch.rand(H, num_starts).logit())]
         with torch.no_grad(), autocast:
             z = agent.encode(obs.flatten(0, 1))  # ((T + 1) N, V, C)
-            starts = torch.randperm(T * N)[:num_starts]
-            is_real = mask.flatten()[starts]
-            noise = gumbel(H, num_starts, games.num_actions), gumbel(H, num_starts, *z.shape[1:])
-            noise = [x.to(device) for x in (*noise, torch.rand(H, num_starts).logit())]
             imagined = imagine(agent, z[starts.to(device)], is_real.to(device), *noise, args)
 
         # ---- Update of actor and critic, on what is imagined
@@ -663,25 +596,24 @@ def train(args: Args) -> None:
                     continue
                 batch = Transitions(*(x.flatten(0, 1)[rows.to(device)] for x in imagined))
                 with autocast:
-                    loss, stats = behaviour_loss(agent, batch, args)
+                    loss, stats = compute_loss(agent, batch, batch.obs, 0.0, args.imagination_clip_coef, args)
                 stats |= optimizer_step(optimizer, loss, ("actor", "critic"), args.max_grad_norm)
                 behaviour_stats.append(stats)
 
         # ---- Logging, of the last epochs
         with torch.no_grad(), autocast:
-            stats = planning_stats(agent, imagined, args.gamma) | latent_stats(agent, z, is_terminal, is_last)
-        imagined = Transitions(*(x.cpu() for x in imagined))
-        stats |= calibration(imagined, starts, rewards, is_terminal, is_last, args.gamma)
-        metrics = over_minibatches(model_stats) | over_minibatches(behaviour_stats) | over_minibatches([stats])
+            stats = latent_stats(agent, z.unflatten(0, (T + 1, N)), is_terminal, is_last)
+            stats |= planning_stats(agent, imagined, starts, rewards, is_terminal, is_last, args)
+        metrics = {name: value.item() for name, value in stats.items()}
+        for rows, prefix in ((behaviour_stats, "imagination"), (model_stats, "losses")):
+            table = {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+            ratios = table.pop("spi/ratios", torch.ones(1)).cpu()
+            metrics |= {name.replace("losses", prefix): column.mean().item() for name, column in table.items()}
+        metrics["spi/ratio_min"], metrics["spi/ratio_max"] = ratios.min().item(), ratios.max().item()
         metrics["losses/explained_variance"] = explained_variance(values[:T].cpu(), returns, mask).item()
         metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        run.log(metrics)
-        if run.is_checkpoint_due():
-            with torch.no_grad(), autocast:  # how far the policy has moved in this iteration, everywhere
-                new_log_probs, _ = agent.policy_and_value(agent.encode(obs[:T].flatten(0, 1)))
-            log_ratios = (new_log_probs - log_probs.flatten(0, 1)).cpu()[mask.flatten() > 0]
-            run.checkpoint(log_ratios, agent=agent, optimizer=optimizer)
+        run.end_iteration(metrics, ratios, learned)
 
 
 # ==== 6. The run's folder =============================================================================================
@@ -697,16 +629,12 @@ class Run:
 
     def __init__(self, args: Args):
         """Open the folder, new or of a run to go on with. Raises SystemExit: 2 if it cannot be, 0 if all is done."""
-        self.args, self.script, self.signal = args, Path(__file__).resolve(), None
-        self.rollout = args.num_envs * args.num_steps  # global steps per iteration
-        self.device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-        units = torch.cpu.get_capabilities()  # bf16 where the hardware computes in it, not where it is emulated
-        has_bf16 = units.get("amx_bf16") or units.get("avx512_bf16")
-        if self.device == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        self.precision = args.precision if args.precision != "auto" else "bf16" if has_bf16 else "fp32"
+        script, self.args, self.signal = Path(__file__).resolve(), args, None
+        self.rollout = args.num_envs * args.num_steps  # global steps of an iteration
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # freed memory stays for the next tensors: the system
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
 
-        name = f"{args.env_id.replace('/', '-')}__{self.script.stem}__{args.seed}__{int(time.time())}"
+        name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or f"runs/{name}")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -714,20 +642,45 @@ class Run:
             fcntl.flock(self.episodes, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
-        self.config = self.describe()
-        self.state = self.load() if (self.dir / "checkpoint.pt").exists() else {}
+        git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
+        commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
+        if commit and script.name not in subprocess.run("git ls-files", **git).stdout.splitlines():
+            commit += "-untracked"
+        self.config = {
+            "script": script.name,
+            "script_path": str(script),
+            "args": vars(args),
+            "git_commit": commit or None,
+            "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
+            "torch_threads": torch.get_num_threads(),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "envpool", "gymnasium", "numpy")},
+            "id": f"{time.time_ns():x}",  # for Weights & Biases
+            "resumes": [],  # global steps at which the run went on, with new games
+        }
+        path, self.state = self.dir / "checkpoint.pt", {}
+        if path.exists():
+            try:
+                assert zipfile.ZipFile(path).testzip() is None  # its check sums, which torch.load does not look at
+                self.state = torch.load(path, map_location="cpu", weights_only=True)
+                assert self.episodes.tell() >= self.state["episodes_bytes"]
+                before = self.state["config"]["args"] | {"script": self.state["config"]["script"]}
+            except Exception:  # of many kinds, as any byte may be wrong
+                args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
+            now = vars(args) | {"script": script.name}
+            changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
+            rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
+            args.check("run_dir", not changed, f"is a run with {rule}")
+            resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
+            self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
-        if self.is_complete():
+        step = self.iterations * self.rollout
+        if step + self.rollout > args.total_timesteps:
             print(f"{self.dir}: complete; a larger --total-timesteps makes it longer")
             raise SystemExit(0)
 
-        step = self.iterations * self.rollout
-        if self.state:
-            before, leg = self.state["config"], {"global_step": step} | self.config
-            self.config = before | {"args": vars(args), "resumes": [*before["resumes"], leg]}
-        description = json.dumps(self.config, indent=2)
-        (self.dir / "config.json").write_text(description + "\n")
-        (self.dir / self.script.name).write_bytes(self.script.read_bytes())
+        text = json.dumps(self.config, indent=2) + "\n"
+        (self.dir / "config.json").write_text(text)
+        (self.dir / script.name).write_bytes(script.read_bytes())
         (self.dir / "agent.pt").unlink(missing_ok=True)
         self.episodes.truncate(self.state.get("episodes_bytes", 0))  # what came later is made again
         if not self.state:
@@ -735,67 +688,19 @@ class Run:
         if args.track:
             import wandb  # optional, and nobody else should have to wait for it
 
-            name = {"name": self.dir.name, "id": self.config["id"], "resume": "allow"}
-            wandb.init(**name, dir=self.dir.parent, config=self.config, sync_tensorboard=True)
+            names = {"id": self.config["id"], "name": self.dir.name, "dir": self.dir.parent, "resume": "allow"}
+            wandb.init(**names, config=self.config, sync_tensorboard=True)
         self.writer = SummaryWriter(self.dir, purge_step=step + 1)
-        self.writer.add_text("config", f"```\n{description}\n```")
+        self.writer.add_text("config", f"```\n{text}```", step)
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", desc=self.dir.name)
-        self.recent_returns = deque(maxlen=100)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, self.stop_soon)
+                signal.signal(number, self.stop)
 
-    def stop_soon(self, number: int, _) -> None:
-        """End the run after this iteration; a second signal of the kind ends it at once."""
+    def stop(self, number: int, _) -> None:
+        """On a signal: end after this iteration. The second of the kind ends the process at once."""
         self.signal = signal.Signals(number)
         signal.signal(number, signal.SIG_DFL)
-
-    def is_complete(self) -> bool:
-        """Whether there is no room for another iteration."""
-        return (self.iterations + 1) * self.rollout > self.args.total_timesteps
-
-    def describe(self) -> dict:
-        """All that one must know to repeat the run, or to doubt it."""
-        git = {"shell": True, "cwd": self.script.parent, "capture_output": True, "text": True}
-        commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
-        if commit and self.script.name not in subprocess.run("git ls-files", **git).stdout.splitlines():
-            commit += "-untracked"
-        packages = ("torch", "envpool", "gymnasium", "numpy")
-        return {
-            "script": self.script.name,
-            "script_path": str(self.script),
-            "args": vars(self.args),
-            "device": self.device,
-            "precision": self.precision,
-            "torch_threads": torch.get_num_threads(),
-            "git_commit": commit or None,
-            "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {platform.platform()}",
-            "gpu": torch.cuda.get_device_name() if self.device == "cuda" else None,
-            "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-            "id": f"{time.time_ns():x}",
-            "resumes": [],
-        }
-
-    def load(self) -> dict:
-        """What checkpoint.pt holds. Raises SystemExit(2) if it is damaged, or of a run with other settings."""
-        try:
-            assert zipfile.ZipFile(self.dir / "checkpoint.pt").testzip() is None  # torch.load checks no sums
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            assert (self.dir / "episodes.csv").stat().st_size >= state["episodes_bytes"]
-            before = state["config"] | state["config"]["args"]
-        except Exception:  # of many kinds, as any byte may be wrong
-            self.args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
-        free = ("run_dir", "checkpoint_interval", "track", "total_timesteps")
-        for name, value in ({n: self.config[n] for n in ("script", "device", "precision")} | vars(self.args)).items():
-            if name not in free:
-                self.args.check(name, before.get(name) == value, f"of a run with {before.get(name)!r}")
-        return state
-
-    def restore(self, **parts) -> None:
-        """Give agent, optimizer and the like the states that the checkpoint has of them."""
-        for name, part in parts.items() if self.state else ():
-            part.load_state_dict(self.state[name])
-            torch.set_rng_state(self.state["rng"])
 
     def log_episodes(self, step: int, episodes: dict[int, tuple[float, int]]) -> None:
         """Return and length of every episode that has ended."""
@@ -803,60 +708,48 @@ class Run:
             self.episodes.write(f"{step},{episodic_return},{length}\n")
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
-            self.recent_returns.append(episodic_return)
+            self.bar.set_postfix({"return": episodic_return}, refresh=False)
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Log an iteration. Raises FloatingPointError if a metric, but for a ratio, is not finite."""
+    def end_iteration(self, metrics: dict[str, float], ratios: Tensor, learned: dict) -> None:
+        """Log; write the checkpoint when it is due. Raises FloatingPointError, and SystemExit(75) after a signal."""
         self.iterations += 1
-        step = self.iterations * self.rollout
-        for name, value in {**metrics, "charts/SPS": step / (time.time() - self.start_time)}.items():
-            if not math.isfinite(value) and not name.startswith("spi/"):  # a ratio may overflow, and harm nothing
-                raise FloatingPointError(f"stopped at step {step}: not finite: {name}")
+        step, seconds = self.iterations * self.rollout, time.time() - self.start_time
+        for name, value in {**metrics, "charts/SPS": step / seconds}.items():
+            if not np.isfinite(value) and not name.startswith("spi/"):  # a ratio may overflow, and harm nothing
+                raise FloatingPointError(f"not finite: {name}, at step {step}")
             self.writer.add_scalar(name, value, step)
-        self.bar.set_postfix({"return": np.mean(self.recent_returns or np.nan)}, refresh=False)
         self.bar.update(self.rollout)
+        complete = step + self.rollout > self.args.total_timesteps
+        if not (complete or self.signal or self.iterations % self.args.checkpoint_interval == 0):
+            return
 
-    def is_checkpoint_due(self) -> bool:
-        """Every so many iterations, after a signal, and at the end."""
-        return self.iterations % self.args.checkpoint_interval == 0 or self.signal or self.is_complete()
-
-    def checkpoint(self, log_ratios: Tensor, **parts) -> None:
-        """Save what the run goes on from, and how far ln π has moved. Raises SystemExit(75) after a signal."""
-        if not log_ratios.isfinite().all():
-            raise FloatingPointError("not finite: log_probs")
-        self.writer.add_histogram("spi/ratios", log_ratios.exp(), self.iterations * self.rollout)
+        self.writer.add_histogram("spi/ratios", ratios.nan_to_num(), step)
         self.writer.flush()
         os.fsync(self.episodes.fileno())
-        state = {name: part.state_dict() for name, part in parts.items()}
-        if self.is_complete():
-            self.save(state["agent"], "agent.pt")
-        state |= {"rng": torch.get_rng_state(), "config": self.config, "iterations": self.iterations}
-        state |= {"global_step": self.iterations * self.rollout, "seconds": time.time() - self.start_time}
-        self.save(state | {"episodes_bytes": (self.dir / "episodes.csv").stat().st_size}, "checkpoint.pt")
-        if self.is_complete():
-            print(f"{self.dir}: complete")
-        elif self.signal:
-            print(f"stopped by {self.signal.name}; the same command with --run-dir {self.dir} goes on", file=sys.stderr)
-            raise SystemExit(75)
-
-    def save(self, state: dict, name: str) -> None:
-        """torch.save so that at any instant, power cuts included, the old or the new file is there. Raises OSError."""
-        torch.save(state, content := io.BytesIO())
-        path, temporary = self.dir / name, self.dir / f"{name}.tmp"
-        try:
+        state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}
+        state |= {"config": self.config, "episodes_bytes": self.episodes.tell()}
+        torch.save(state | {"iterations": self.iterations, "seconds": seconds}, content := io.BytesIO())
+        if complete:
+            torch.save(state["agent"], self.dir / "agent.pt")
+            self.bar.write(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
+        temporary = self.dir / "checkpoint.tmp"
+        try:  # at any instant, power cuts included, the old checkpoint or the new one is there
             with open(temporary, "wb") as file:
                 file.write(content.getvalue())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, self.dir / "checkpoint.pt")
         finally:
             temporary.unlink(missing_ok=True)
+        if self.signal and not complete:
+            print(f"\nstopped by {self.signal.name}; to go on: the same, with --run-dir {self.dir}", file=sys.stderr)
+            raise SystemExit(75)
 
 
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread: its error is raised again here, and told below
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")
+        stream.reconfigure(encoding="utf-8")  # whatever the locale
     try:
         train(tyro.cli(Args, description=__doc__))
     except (FloatingPointError, OSError) as error:  # OSError: a full disk, say; the last checkpoint is whole

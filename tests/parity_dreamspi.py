@@ -8,6 +8,7 @@ dummies in every loss with z' <- z (masks of 1, and s for s'), gradients at weig
 import copy
 import math
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -27,18 +28,18 @@ MODULES = {  # published name: the script's
     "conv/Conv_2": "encoder.4",
     "critic/Dense_0": "critic.2",
     "critic_fc/Dense_0": "critic.0",
-    "done/Dense_0": "done_mlp.0",
-    "done/Dense_1": "done_mlp.2",
-    "latent/Dense_0": "latent",
-    "reward/Dense_0": "reward_model.mlp.0",
-    "reward/Dense_1": "reward_model.mlp.2",
-    "transition/Dense_0": "transition_model.mlp.0",
-    "transition/Dense_1": "transition_model.mlp.2",
+    "done/Dense_0": "world_model.done.0",
+    "done/Dense_1": "world_model.done.2",
+    "latent/Dense_0": "latent.0",
+    "reward/Dense_0": "world_model.reward.0",
+    "reward/Dense_1": "world_model.reward.2",
+    "transition/Dense_0": "world_model.transition.0",
+    "transition/Dense_1": "world_model.transition.2",
 }
 TABLES = {  # without `/kernel` and `/bias`, and not transposed
-    "reward/embedding": "reward_model.embedding",
-    "transition/Embed_0/embedding": "transition_model.action_embedding",
-    "transition/embedding": "transition_model.embedding",
+    "reward/embedding": "world_model.reward_tokens",
+    "transition/Embed_0/embedding": "world_model.actions",
+    "transition/embedding": "world_model.tokens",
 }
 MODEL, BEHAVIOUR = ("encoder", "world_model"), ("actor", "critic")
 
@@ -198,6 +199,15 @@ class Check:
         """The script's defaults, but for these."""
         return self.script.Args(**settings)
 
+    def model_loss_of(self, batch, noise: Tensor, agent: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `train` has it for φ and the world model."""
+        return self.script.model_loss(agent, batch, noise, self.args())
+
+    def behaviour_loss_of(self, batch, agent: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `train` has it for actor and critic."""
+        args = self.args()
+        return self.script.compute_loss(agent, batch, batch.obs, 0.0, args.imagination_clip_coef, args)
+
     def compare(self, name: str, ours: Tensor | np.ndarray | float, norms: str = "") -> Comparison:
         """One stored quantity. `norms`: the array of norms that its error is relative to, entry by entry."""
         stored = self.case[name]
@@ -252,7 +262,7 @@ class Check:
         """Part 1, row by row."""
         agent, script, x, real = self.agent, self.script, self.inputs, self.real
         outputs = {}
-        layers = {"latent": agent.latent, "next": agent.transition_model.mlp, "actor": agent.actor}
+        layers = {"latent": agent.latent, "next": agent.world_model["transition"], "actor": agent.actor}
         hooks = [
             layer.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
             for name, layer in layers.items()
@@ -330,7 +340,7 @@ class Check:
                 rows = []
                 for minibatch in epoch:
                     batch = self.script.Transitions(*(x[minibatch] for x in self.real))
-                    of_agent = lambda a, batch=batch, u=next(noise): self.script.model_loss(a, batch, u, args)  # noqa: E731
+                    of_agent = partial(self.model_loss_of, batch, next(noise))
                     if gradients == "published":
                         loss = StaleLoss(self.script, agent, stale, "encoder", of_agent)
                         stats = loss.stats
@@ -347,9 +357,9 @@ class Check:
         x = self.inputs
         with torch.no_grad():
             z = agent.encode(x.obs)
-        ones = torch.ones(len(z))
-        noise = x.action_gumbel, x.latent_gumbel, x.done_logistic
-        self.imagined = imagined = self.script.imagine(agent, z, ones, *noise, self.args())
+            ones = torch.ones(len(z))
+            noise = x.action_gumbel, x.latent_gumbel, x.done_logistic
+            self.imagined = imagined = self.script.imagine(agent, z, ones, *noise, self.args())
         values = imagined.returns - imagined.advantages
         if not prefix:
             taken = imagined.old_log_probs.gather(2, imagined.actions[:, :, None]).squeeze(2)
@@ -375,13 +385,13 @@ class Check:
         taken = flat.old_log_probs.gather(1, flat.actions[:, None]).squeeze(1) + noise
         batch = flat._replace(old_log_probs=flat.old_log_probs.scatter(1, flat.actions[:, None], taken[:, None]))
         agent.zero_grad()
-        loss, stats = self.script.behaviour_loss(agent, batch, self.args())
+        loss, stats = self.behaviour_loss_of(batch, agent)
         parts = agent.parts()
         loss.backward(inputs=[parameter for name in BEHAVIOUR for parameter in parts[name]])
         yield self.compare(f"{prefix}ac_loss", loss)
         scalars = {"pg_loss": "policy_loss", "v_loss": "value_loss", "entropy": "entropy", "approx_kl": "approx_kl"}
         for name, ours in scalars.items():
-            yield self.compare(f"{prefix}ac_{name}", stats[f"imagination/{ours}"])
+            yield self.compare(f"{prefix}ac_{name}", stats[f"losses/{ours}"])
         yield from self.gradients(f"{prefix}ac_", agent, names)
 
     def behaviour_steps(self, start: nn.Module, prefix: str, gradients: str, names: list[str]) -> Iterator[Comparison]:
@@ -394,7 +404,7 @@ class Check:
         flat, rows = self.script.Transitions(*(x.flatten(0, 1) for x in self.imagined)), []
         for minibatch in self.inputs.ac_permutation.view(16, -1):
             batch = self.script.Transitions(*(x[minibatch] for x in flat))
-            of_agent = lambda a, batch=batch: self.script.behaviour_loss(a, batch, args)  # noqa: E731
+            of_agent = partial(self.behaviour_loss_of, batch)
             if gradients == "published":
                 loss = StaleLoss(self.script, agent, stale, "actor", of_agent)
                 stats = loss.stats
@@ -402,7 +412,7 @@ class Check:
                 loss, stats = of_agent(agent)
             self.script.optimizer_step(optimizer, loss, BEHAVIOUR, args.max_grad_norm)
             names_of = ("policy_loss", "value_loss", "entropy", "approx_kl")
-            rows.append([stats[f"imagination/{name}"].item() for name in names_of])
+            rows.append([stats[f"losses/{name}"].item() for name in names_of])
         yield self.compare(f"{prefix}ac_{gradients}_metrics", np.mean(rows, axis=0))
         yield from self.deltas(f"{prefix}ac_{gradients}_", before, agent, names)
 

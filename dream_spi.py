@@ -1,0 +1,715 @@
+"""DreamSPI on vector observations: planning in a world model that PPO's clip keeps honest (Delgrange et al., ICLR 2026).
+
+    python dream_spi.py                                    # CartPole-v1
+    python dream_spi.py --env-id LunarLander-v3 --total-timesteps 1500000
+
+Diff me against `dream_spi_atari.py`, the same algorithm on pixels: that file has the symbols.
+"""
+
+import ctypes
+import difflib
+import fcntl
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import envpool
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ==== 1. Arguments ====================================================================================================
+
+
+@dataclass
+class Args:
+    # ---- Experiment
+    seed: int = 1  # seed of the environments, the networks and every random draw
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks live
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
+    run_dir: str = ""  # the run's folder; a run stopped there goes on (default: runs/<env>__<script>__<seed>__<time>)
+    checkpoint_interval: int = 100  # iterations from one checkpoint to the next
+    track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)
+
+    # ---- Environment
+    env_id: str = "CartPole-v1"  # EnvPool id of an environment with discrete actions and no pixels
+    total_timesteps: int = 500_000  # environment steps in all, rounded down to whole rollouts
+    num_envs: int = 64  # N, parallel environments
+    num_steps: int = 32  # T, steps of each environment per iteration
+    sticky: float = 0.0  # probability that the last action is repeated, not the one chosen: makes the task stochastic
+
+    # ---- Both updates
+    gamma: float = 0.99  # γ, discount factor; the planning theorem's neighbourhood is N^{1/γ}
+    gae_lambda: float = 0.95  # λ of generalised advantage estimation
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient, of each part by itself
+
+    # ---- Real data: φ and the world model
+    learning_rate: float = 1e-3  # Adam's step size of the encoder and of the world model, annealed linearly to 0
+    num_minibatches: int = 8  # minibatches per epoch; per epoch and imagined step in imagination
+    update_epochs: int = 4  # passes over the rollout per iteration
+    chunk_length: int = 8  # L, consecutive steps of one environment sampled together (1: single steps, as published)
+    clip_coef: float = 0.1  # ε of the clip that holds φ in the neighbourhood
+    reward_loss_coef: float = 1.0  # α_R, weight of the reward loss, the done loss included
+    transition_loss_coef: float = 1.0  # α_P, weight of the transition loss
+
+    # ---- Imagination: actor and critic
+    behaviour_learning_rate: float = 1e-3  # Adam's step size of the actor and of the critic, annealed linearly to 0
+    horizon: int = 8  # H, imagined steps from each start
+    imagination_starts: int = 0  # B, rows of the rollout to start from, drawn in each iteration (0: all of them)
+    imagination_epochs: int = 1  # passes over what is imagined per iteration
+    imagination_clip_coef: float = 0.1  # ε of the clip that holds the actor; 1/γ - 1 is the planning theorem's
+
+    def __post_init__(self):
+        """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
+
+    def check(self, name: str, allowed: object, rule: str) -> None:
+        """Exit with one line on stderr unless the field is allowed."""
+        if not allowed:
+            print(f"error: --{name.replace('_', '-')}: got {getattr(self, name)!r}; {rule}", file=sys.stderr)
+            raise SystemExit(2)
+
+
+# ==== 2. Environment ==================================================================================================
+
+
+class Games:
+    """prototype"""
+
+    def __init__(self, args: Args, start: int = 0):
+        stream = np.random.SeedSequence(args.seed, spawn_key=(start,) if start else ())
+        self.envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=args.num_envs, num_threads=1,
+            env_seed=(stream.generate_state(args.num_envs) >> 1).tolist())
+        self.num_actions = int(self.envs.action_space.n)
+        self.num_inputs = int(np.prod(self.envs.observation_space.shape))
+        self.is_last = np.zeros(args.num_envs, dtype=bool)
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
+
+    def reset(self) -> Tensor:
+        return torch.from_numpy(self.envs.reset()[0].astype(np.float32))
+
+    def step(self, actions: Tensor):
+        obs, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
+        self.returns += rewards
+        self.lengths += ~self.is_last
+        self.is_last = terminated | truncated
+        over = self.is_last
+        episodes = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(over)}
+        self.returns[over], self.lengths[over] = 0, 0
+        obs, *others = map(torch.from_numpy, (obs.astype(np.float32), rewards, terminated, self.is_last))
+        return obs, *others, episodes
+
+
+class RewardScaler(nn.Module):
+    """Divides rewards by the running standard deviation of the discounted return, and clips them to ±10.
+
+    One divisor for a whole rollout, so that the reward that A, the critic and R̄ see is one function of (s, a) within an
+    update. Dummy rows do not count.
+    """
+
+    def __init__(self, num_envs: int, gamma: float):
+        super().__init__()
+        self.gamma, self.discounted = gamma, torch.zeros(num_envs)
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
+
+    def scale(self, rewards: Tensor, is_last: Tensor) -> Tensor:
+        for t in range(len(rewards)):
+            self.discounted = self.gamma * self.discounted * ~is_last[t] + rewards[t]  # dummies start from 0 again
+            g, real = self.discounted.double(), (~is_last[t]).double()
+            self.sums += torch.stack((real.sum(), (real * g).sum(), (real * g.square()).sum()))
+        count, total, squares = self.sums
+        std = (squares / count - (total / count).square()).clamp(min=1e-8).sqrt()
+        return (rewards / std.float()).clamp(-10, 10)
+
+
+# ==== 3. Networks =====================================================================================================
+# B rows, O inputs, A actions. The latent z = φ(s) is V variables of C classes each: (B, V, C), one-hot.
+
+NUM_VARIABLES, NUM_CLASSES = 8, 8
+TOKEN, HIDDEN = 16, 128
+
+
+def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of gain `std`, zero biases."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def lecun_mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers, ReLU between them. Weights are normal of variance 1/inputs, their tails cut, and made up for."""
+    layers = []
+    for num_inputs, num_outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
+        std = (1 / num_inputs) ** 0.5 / 0.87962566
+        nn.init.trunc_normal_(layers[-2].weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
+
+
+def one_hot_sample(logits: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+    """One-hot argmax of logits + noise (B, V, C): with Gumbel noise a sample of p, without it the likeliest classes.
+
+    Its gradient is that of p ("straight-through"); its value is one-hot to the last bit.
+    """
+    p = logits.softmax(-1)
+    return F.one_hot((logits + noise).argmax(-1), logits.shape[-1]) + (p - p.detach())
+
+
+def embed(z: Tensor, table: nn.Embedding) -> Tensor:
+    """A token for each variable, (B, V, 128): Σ_c z[v,c] E[v,c], a lookup through which gradient reaches z."""
+    return torch.einsum("bvc,vcd->bvd", z, table.weight.unflatten(0, z.shape[1:]))
+
+
+class Agent(nn.Module):
+    """Encoder φ; world model: P̄, R̄ and the done model; actor π̄; critic. They share nothing but the latent."""
+
+    def __init__(self, num_inputs: int, num_actions: int):
+        super().__init__()
+        size = NUM_VARIABLES * NUM_CLASSES
+        self.encoder = nn.Sequential(
+            layer_init(nn.Linear(num_inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()
+        )
+        self.latent = lecun_mlp(64, size)
+        self.world_model = nn.ModuleDict(
+            {
+                "tokens": nn.Embedding(size, TOKEN),  # P̄'s table of the classes of each variable
+                "actions": nn.Embedding(num_actions, TOKEN),
+                "transition": lecun_mlp(NUM_VARIABLES * (TOKEN + TOKEN), HIDDEN, size),
+                "reward_tokens": nn.Embedding(size, TOKEN),
+                "reward": lecun_mlp(NUM_VARIABLES * TOKEN, HIDDEN, num_actions),
+                "done": lecun_mlp(size, HIDDEN, 1),
+            }
+        )
+        nn.init.normal_(self.world_model["actions"].weight, std=(1 / TOKEN) ** 0.5)
+        self.actor, self.critic = (
+            nn.Sequential(layer_init(nn.Linear(size, 64)), nn.ReLU(), layer_init(nn.Linear(64, num_outputs), std))
+            for num_outputs, std in ((num_actions, 0.01), (1, 1.0))
+        )
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """z = φ(s), (B, V, C) straight-through one-hot, of observations (B, O)."""
+        return one_hot_sample(self.latent(self.encoder(obs)).float().unflatten(1, (NUM_VARIABLES, NUM_CLASSES)))
+
+    def transition_model(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
+        """A straight-through sample z̄' of P̄(·|z, a), (B, V, C) as z and the Gumbel noise are, for actions (B,).
+
+        The variables are drawn each by itself. What it costs does not grow with A.
+        """
+        tokens = embed(z, self.world_model["tokens"])  # (B, V, 128)
+        action = self.world_model["actions"](actions).to(tokens.dtype)[:, None].expand_as(tokens)
+        logits = self.world_model["transition"](torch.cat((tokens, action), dim=-1).flatten(1))
+        return one_hot_sample(logits.float().view(z.shape), noise)
+
+    def reward_model(self, z: Tensor, actions: Tensor) -> Tensor:
+        """R̄(z, a): the predicted scaled reward (B,) of latents z (B, V, C) and actions (B,)."""
+        rewards = self.world_model["reward"](embed(z, self.world_model["reward_tokens"]).flatten(1))  # (B, A)
+        return rewards.float().gather(1, actions[:, None]).squeeze(1)
+
+    def done_model(self, z: Tensor) -> Tensor:
+        """Log-odds (B,) that latents z are those of terminal states."""
+        return self.world_model["done"](z.flatten(1)).float().squeeze(-1)
+
+    def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, A) of every action, and the value (B,), of latents z. No gradient of V reaches z."""
+        z = z.flatten(1)
+        return self.actor(z).float().log_softmax(-1), self.critic(z.detach()).float().squeeze(-1)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of each part: a part has a learning rate, and a clipped gradient, of its own."""
+        encoder = [*self.encoder.parameters(), *self.latent.parameters()]
+        others = {"world_model": self.world_model, "actor": self.actor, "critic": self.critic}
+        return {"encoder": encoder, **{name: list(part.parameters()) for name, part in others.items()}}
+
+
+# ==== 4. Equations ====================================================================================================
+# T steps, N environments, M rows of a minibatch, A actions, H imagined steps, B starts of imagination. A row is a
+# transition (s, a, r, s'). Where s is already the last of an episode the row is an auto-reset dummy, not a transition:
+# its mask is 0 and it counts nowhere, nor does what is imagined from it.
+
+
+class Transitions(NamedTuple):
+    """The M transitions of a minibatch. All of a rollout have (T, N) in place of (M,), all imagined ones (H, B)."""
+
+    obs: Tensor  # (chunks, L + 1, O), a chunk's last one being s' only; imagined: z (M, V, C)
+    actions: Tensor  # (M,) int64
+    rewards: Tensor  # (M,) scaled; imagined: R̄'s
+    old_log_probs: Tensor  # (M, A) ln π_old of every action
+    advantages: Tensor  # (M,)
+    returns: Tensor  # (M,) the value function's target
+    next_is_terminal: Tensor  # (M,) 1 where s' has value 0; imagined: what the done model drew
+    mask: Tensor  # (M,) 1 real, 0 dummy
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, is_terminal: Tensor, is_last: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns, both (T, N) (Schulman et al., 2016, eq. 16).
+
+    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. The last of an
+    episode cuts the sum. Where the time limit cuts it, it is last and not terminal: its value is bootstrapped.
+    """
+    assert values.shape == is_terminal.shape == is_last.shape == (len(rewards) + 1, *rewards.shape[1:])
+    deltas = rewards + gamma * values[1:] * ~is_terminal[1:] - values[:-1]  # (T, N)
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantage = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantage
+        advantages[t] = advantage
+    return advantages, advantages + values[:-1]
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (M,) over the rows whose mask (M,) is 1; 0 if there are none."""
+    assert x.shape == mask.shape
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and (population) standard deviation 1 over the real rows of the minibatch."""
+    centred = advantages - masked_mean(advantages, mask)
+    return centred / (masked_mean(centred.square(), mask).sqrt() + 1e-8)
+
+
+def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tensor:
+    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r and through U."""
+    return torch.min(ratio * utility, ratio.clamp(1 - clip_coef, 1 + clip_coef) * utility)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 like a constant."""
+    errors, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
+    return torch.where(variance > 0, 1 - errors / variance, 0.0)
+
+
+def gumbel(*shape: int) -> Tensor:
+    """Standard Gumbel noise: argmax(ln p + noise) is distributed as p."""
+    return -torch.empty(shape).exponential_().log()
+
+
+def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
+    """|r - R̄(φ(s),a)|, as smooth-L1, per transition: (M,). ℓ_R is this and `done_loss`."""
+    return F.smooth_l1_loss(predicted_rewards, rewards, reduction="none")
+
+
+def done_loss(log_odds: Tensor, is_terminal: Tensor) -> Tensor:
+    """Smooth-L1 of the probability that s' is terminal, per transition: (M,). φ too is to tell these states."""
+    return F.smooth_l1_loss(log_odds.sigmoid() + 1e-8, is_terminal, reduction="none")
+
+
+def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
+    """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): the share of the variables whose class is wrong, per transition: (M,).
+
+    Smooth-L1 (½ for the class missed, ½ for the one taken), summed over classes, mean over variables. Its gradient goes
+    into P̄, z and z', by way of the probabilities of all three.
+    """
+    return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").sum(-1).mean(-1)
+
+
+def compute_loss(
+    agent: Agent, batch: Transitions, z: Tensor, penalty: Tensor | float, clip_coef: float, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss on latents z (M, V, C), of the utility U = A - penalty; and what of it is logged."""
+    log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
+    log_ratios = log_probs - batch.old_log_probs  # (M, A)
+    log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
+    ratio = log_ratio.exp()
+
+    utility = normalize(batch.advantages, batch.mask) - penalty  # first this, then the losses, as they are
+    policy_loss = -masked_mean(clipped_objective(ratio, utility, clip_coef), batch.mask)
+    value_loss = 0.5 * masked_mean((values - batch.returns).square(), batch.mask)
+    entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    outside = (ratios > 1 + clip_coef) | (ratios < 1 - clip_coef)  # of N^C with C = 1 + ε
+    stats = {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/approx_kl": masked_mean(ratio - 1 - log_ratio, batch.mask),
+        "losses/clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), batch.mask),
+        "spi/ratios": ratios,
+        "spi/outside_neighbourhood": masked_mean(outside.float().mean(-1), batch.mask),
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def model_loss(agent: Agent, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of φ and the world model on real data, and what of it is logged. noise (M, V, C): Gumbel, for z̄'.
+
+    To it actor and critic are constants; neither z nor z' is detached. The clip ends the pull of the advantage on φ.
+    That of the losses goes on, with weight clip(r).
+    """
+    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (chunks, L + 1, V, C)
+    z, next_z = z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1)  # (M, V, C)
+    l_done = done_loss(agent.done_model(next_z), batch.next_is_terminal)
+    l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards) + l_done  # (M,)
+    l_p = transition_loss(agent.transition_model(z, batch.actions, noise), next_z)  # (M,)
+    penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
+
+    loss, stats = compute_loss(agent, batch, z, penalty, args.clip_coef, args)  # U = A - α_R ℓ_R - α_P ℓ_P
+    of_model = {"reward_loss": l_r, "done_loss": l_done, "transition_loss": l_p}
+    of_model["transition_loss_copy"] = transition_loss(z, next_z)  # of "no change"
+    stats |= {f"world_model/{name}": masked_mean(x, batch.mask).detach() for name, x in of_model.items()}
+    return loss, stats | {"spi/penalty_mean": masked_mean(penalty, batch.mask).detach()}
+
+
+def imagine(
+    agent: Agent, z: Tensor, mask: Tensor, action_noise: Tensor, latent_noise: Tensor, done_noise: Tensor, args: Args
+) -> Transitions:
+    """H steps in the world model from latents z (B, V, C), with their advantages; to be run without gradient.
+
+    mask (B,): 1 for starts that count. Noise: Gumbel (H, B, A) and (H, B, V, C), logistic (H, B). Where an episode ends
+    the chain goes on from the latent before that step, as a new start: the sum of rewards is cut, and no row is lost.
+    """
+    steps, is_done = [], [torch.zeros_like(mask, dtype=torch.bool)]
+    for of_action, of_latent, of_done in zip(action_noise, latent_noise, done_noise, strict=True):
+        log_probs, values = agent.policy_and_value(z)
+        actions = (log_probs + of_action).argmax(-1)  # a ~ π̄(·|z)
+        next_z = agent.transition_model(z, actions, of_latent)  # z̄' ~ P̄(·|z, a)
+        is_done.append(agent.done_model(next_z) + of_done > 0)  # with the probability that z̄' is terminal
+        steps.append((z, actions, agent.reward_model(z, actions), log_probs, values))
+        z = torch.where(is_done[-1][:, None, None], z, next_z)
+    latents, actions, rewards, log_probs, values = map(torch.stack, zip(*steps, strict=True))
+    values, is_done = torch.cat((values, agent.policy_and_value(z)[1][None])), torch.stack(is_done)  # (H + 1, B)
+    targets = compute_gae(rewards, values, is_done, is_done, args.gamma, args.gae_lambda)
+    return Transitions(latents, actions, rewards, log_probs, *targets, is_done[1:].float(), mask.expand_as(rewards))
+
+
+def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
+    """Adam over all parts of the agent: a group for each, which knows its name and its first learning rate."""
+    rates = dict.fromkeys(("encoder", "world_model"), args.learning_rate)
+    rates |= dict.fromkeys(("actor", "critic"), args.behaviour_learning_rate)
+    groups = [{"params": part, "name": n, "lr": rates[n], "first_lr": rates[n]} for n, part in agent.parts().items()]
+    return torch.optim.Adam(groups, eps=1e-5, fused=True)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Adam, loss: Tensor, names: tuple[str, ...], max_grad_norm: float
+) -> dict[str, Tensor]:
+    """Move the parts of these names, and nothing else, by gradients at current weights; the norms are logged.
+
+    Each part's is clipped by its own norm: summed in float64, as float32 loses digits over millions of weights. What
+    has no gradient, Adam leaves alone, its moments too.
+    """
+    parts = {group["name"]: group["params"] for group in optimizer.param_groups if group["name"] in names}
+    optimizer.zero_grad()
+    loss.backward(inputs=[parameter for part in parts.values() for parameter in part])
+    norms = {}
+    for name, part in parts.items():
+        squares = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).square() for parameter in part]
+        norms[f"losses/grad_norm_{name}"] = norm = torch.stack(squares).sum().sqrt().float()
+        torch._foreach_mul_([parameter.grad for parameter in part], (max_grad_norm / norm).clamp(max=1))
+    optimizer.step()
+    return norms
+
+
+def reward_sum(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
+    """Discounted sum (B,) of rewards (H, B) up to the first end, where ends (H, B) is 1 if that step was the last."""
+    is_alive = torch.cat((torch.ones_like(ends[:1]), (1 - ends[:-1]).cumprod(0)))
+    return (rewards * is_alive * gamma ** torch.arange(len(rewards))[:, None]).sum(0)
+
+
+def planning_stats(
+    agent: Agent, dreams: Transitions, starts: Tensor, rewards: Tensor, is_terminal: Tensor, is_last: Tensor, args: Args
+) -> dict[str, Tensor]:
+    """How far the actor moved on imagined states, and how true these are.
+
+    The planning theorem wants π̄ within N^{1/γ} of what it was: the largest ratio; the mean over states of each one's
+    largest; the share of states inside. Then ends per step, imagined and real; and rewards over min(T, H) steps, without
+    any value function, from those starts (B,) of imagination that are first in the rollout.
+    """
+    (T, N), n = rewards.shape, min(len(rewards), args.horizon)
+    log_ratios = agent.policy_and_value(dreams.obs.flatten(0, 1))[0] - dreams.old_log_probs.flatten(0, 1)
+    dreams, log_ratios = Transitions(*(x.cpu() for x in dreams)), log_ratios.cpu()
+    ratios = torch.where(dreams.mask.flatten()[:, None] > 0, log_ratios.exp(), 1.0)
+    is_inside = ((ratios <= 1 / args.gamma) & (ratios >= 2 - 1 / args.gamma)).all(-1).float()
+    dreamt = reward_sum(dreams.rewards[:n], dreams.next_is_terminal[:n], args.gamma)  # (B,)
+    happened = reward_sum(rewards[:n], is_last[1 : n + 1].float(), args.gamma)[starts % N]
+    mask = dreams.mask[0] * (starts < N)
+    return {
+        "spi/planning_ratio_max": ratios.max(),
+        "spi/planning_ratio_mean": masked_mean(ratios.amax(-1), dreams.mask.flatten()),
+        "spi/planning_inside": masked_mean(is_inside, dreams.mask.flatten()),
+        "imagination/done_rate": masked_mean(dreams.next_is_terminal, dreams.mask),
+        "imagination/real_done_rate": masked_mean(is_terminal[1:].float(), (~is_last[:T]).float()),
+        "imagination/reward_sum": masked_mean(dreamt, mask),
+        "imagination/real_reward_sum": masked_mean(happened, mask),
+        "imagination/reward_sum_error": masked_mean((dreamt - happened).abs(), mask),
+    }
+
+
+def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) -> dict[str, Tensor]:
+    """Of a rollout's latents z (T + 1, N, V, C): the share of classes never taken; the entropy (nats) of a variable's
+    classes; and the share of the terminal states that the done model calls so, if there are any."""
+    usage = z[~is_last].mean(0)  # (V, C)
+    stats = {"dead_classes": (usage == 0).float().mean(), "latent_entropy": torch.special.entr(usage).sum(-1).mean()}
+    if is_terminal.any():
+        stats["done_accuracy_last"] = (agent.done_model(z[is_terminal]) > 0).float().mean()
+    return {f"world_model/{name}": value for name, value in stats.items()}
+
+
+# ==== 5. Training =====================================================================================================
+
+
+def train(args: Args) -> None:
+    """Play a rollout; learn φ and the world model from it; learn to act in imagination; again and again."""
+    T, N, L, H = args.num_steps, args.num_envs, args.chunk_length, args.horizon
+    num_starts = args.imagination_starts or T * N  # B
+    run, num_iterations = Run(args), args.total_timesteps // (T * N)
+    device, autocast = args.device, torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
+
+    torch.manual_seed(args.seed)
+    games = Games(args, run.iterations)
+    agent = Agent(games.num_inputs, games.num_actions).to(device)
+    optimizer = make_optimizer(agent, args)
+    learned = {"agent": agent, "optimizer": optimizer}
+    if run.state:
+        torch.set_rng_state(run.state["rng"])
+        for name, part in learned.items():
+            part.load_state_dict(run.state[name])
+
+    # Frames and policies live on the device; the rest, like the games, on the CPU.
+    obs = torch.zeros((T + 1, N, games.num_inputs), device=device)
+    reward_scaler = RewardScaler(N, args.gamma)
+    log_probs = torch.zeros((T, N, games.num_actions), device=device)
+    values = torch.zeros((T + 1, N), device=device)
+    actions = torch.zeros((T, N), dtype=torch.int64)
+    rewards = torch.zeros((T, N))
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t] has value 0; ends an episode
+    obs[T] = games.reset()
+
+    for iteration in range(run.iterations, num_iterations):
+        # ---- Rollout
+        for group in optimizer.param_groups:
+            group["lr"] = (1 - iteration / num_iterations) * group["first_lr"]
+        obs[0], is_last[0] = obs[T], is_last[T]
+        for t in range(T):
+            with torch.no_grad(), autocast:
+                log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
+            if not log_probs[t].isfinite().all():
+                raise FloatingPointError("not finite: log_probs")
+            actions[t] = torch.multinomial(log_probs[t].exp().cpu(), num_samples=1).squeeze(-1)
+            obs[t + 1], rewards[t], is_terminal[t + 1], is_last[t + 1], episodes = games.step(actions[t])
+            run.log_episodes((iteration * T + t + 1) * N, episodes)
+
+        # ---- Advantages
+        with torch.no_grad(), autocast:
+            values[T] = agent.policy_and_value(agent.encode(obs[T]))[1]
+        rewards = reward_scaler.scale(rewards, is_last)
+        advantages, returns = compute_gae(rewards, values.cpu(), is_terminal, is_last, args.gamma, args.gae_lambda)
+        mask, ends = (~is_last[:T]).float(), is_terminal[1:].float()
+        of_steps = [x.to(device) for x in (actions, rewards, log_probs, advantages, returns, ends, mask)]
+
+        # ---- Update of φ and the world model, on real data
+        for _ in range(args.update_epochs):
+            model_stats = []
+            for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
+                # A chunk is L steps of one environment. Its L + 1 frames are encoded once, as s and as the last s'.
+                t = chunks[:, None] // N * L + torch.arange(L + 1)
+                frames = t * N + chunks[:, None] % N  # (chunks, L + 1), rows of the (T + 1) N frames
+                if not mask.flatten()[frames[:, :L]].any():
+                    continue  # dummies alone: nothing to learn from
+                frames, steps = frames.to(device), frames[:, :L].flatten().to(device)
+                batch = Transitions(obs.flatten(0, 1)[frames], *(x.flatten(0, 1)[steps] for x in of_steps))
+                noise = gumbel(len(steps), NUM_VARIABLES, NUM_CLASSES).to(device)
+                with autocast:
+                    loss, stats = model_loss(agent, batch, noise, args)
+                stats |= optimizer_step(optimizer, loss, ("encoder", "world_model"), args.max_grad_norm)
+                model_stats.append(stats)
+
+        # ---- Imagination, from the new latents
+        starts = torch.randperm(T * N)[:num_starts]
+        is_real = mask.flatten()[starts]
+        noise = gumbel(H, num_starts, games.num_actions), gumbel(H, num_starts, NUM_VARIABLES, NUM_CLASSES)
+        noise = [x.to(device) for x in (*noise, torch.rand(H, num_starts).logit())]
+        with torch.no_grad(), autocast:
+            z = agent.encode(obs.flatten(0, 1))  # ((T + 1) N, V, C)
+            imagined = imagine(agent, z[starts.to(device)], is_real.to(device), *noise, args)
+
+        # ---- Update of actor and critic, on what is imagined
+        for _ in range(args.imagination_epochs):
+            behaviour_stats = []
+            for rows in torch.randperm(H * num_starts).chunk(H * args.num_minibatches):
+                if not is_real[rows % num_starts].any():
+                    continue
+                batch = Transitions(*(x.flatten(0, 1)[rows.to(device)] for x in imagined))
+                with autocast:
+                    loss, stats = compute_loss(agent, batch, batch.obs, 0.0, args.imagination_clip_coef, args)
+                stats |= optimizer_step(optimizer, loss, ("actor", "critic"), args.max_grad_norm)
+                behaviour_stats.append(stats)
+
+        # ---- Logging, of the last epochs
+        with torch.no_grad(), autocast:
+            stats = latent_stats(agent, z.unflatten(0, (T + 1, N)), is_terminal, is_last)
+            stats |= planning_stats(agent, imagined, starts, rewards, is_terminal, is_last, args)
+        metrics = {name: value.item() for name, value in stats.items()}
+        for rows, prefix in ((behaviour_stats, "imagination"), (model_stats, "losses")):
+            table = {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+            ratios = table.pop("spi/ratios", torch.ones(1)).cpu()
+            metrics |= {name.replace("losses", prefix): column.mean().item() for name, column in table.items()}
+        metrics["spi/ratio_min"], metrics["spi/ratio_max"] = ratios.min().item(), ratios.max().item()
+        metrics["losses/explained_variance"] = explained_variance(values[:T].cpu(), returns, mask).item()
+        metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        run.end_iteration(metrics, ratios, learned)
+
+
+# ==== 6. The run's folder =============================================================================================
+
+
+class Run:
+    """One run: its folder, its log, and the checkpoint that it goes on from.
+
+    config.json: settings, machine, versions, commit      <script>.py: this very code; evaluate.py plays with it
+    episodes.csv: global step, return, length             checkpoint.pt: all that the run needs to go on
+    events.*: curves, for TensorBoard                     agent.pt: the final weights, when all is done
+    """
+
+    def __init__(self, args: Args):
+        """Open the folder, new or of a run to go on with. Raises SystemExit: 2 if it cannot be, 0 if all is done."""
+        script, self.args, self.signal = Path(__file__).resolve(), args, None
+        self.rollout = args.num_envs * args.num_steps  # global steps of an iteration
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # freed memory stays for the next tensors: the system
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
+
+        name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.run_dir or f"runs/{name}")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.episodes = open(self.dir / "episodes.csv", "a", buffering=1)  # each line is flushed
+            fcntl.flock(self.episodes, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
+        git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
+        commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
+        if commit and script.name not in subprocess.run("git ls-files", **git).stdout.splitlines():
+            commit += "-untracked"
+        self.config = {
+            "script": script.name,
+            "script_path": str(script),
+            "args": vars(args),
+            "git_commit": commit or None,
+            "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
+            "torch_threads": torch.get_num_threads(),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "envpool", "gymnasium", "numpy")},
+            "id": f"{time.time_ns():x}",  # for Weights & Biases
+            "resumes": [],  # global steps at which the run went on, with new games
+        }
+        path, self.state = self.dir / "checkpoint.pt", {}
+        if path.exists():
+            try:
+                assert zipfile.ZipFile(path).testzip() is None  # its check sums, which torch.load does not look at
+                self.state = torch.load(path, map_location="cpu", weights_only=True)
+                assert self.episodes.tell() >= self.state["episodes_bytes"]
+                before = self.state["config"]["args"] | {"script": self.state["config"]["script"]}
+            except Exception:  # of many kinds, as any byte may be wrong
+                args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
+            now = vars(args) | {"script": script.name}
+            changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
+            rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
+            args.check("run_dir", not changed, f"is a run with {rule}")
+            resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
+            self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
+        self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
+        step = self.iterations * self.rollout
+        if step + self.rollout > args.total_timesteps:
+            print(f"{self.dir}: complete; a larger --total-timesteps makes it longer")
+            raise SystemExit(0)
+
+        text = json.dumps(self.config, indent=2) + "\n"
+        (self.dir / "config.json").write_text(text)
+        (self.dir / script.name).write_bytes(script.read_bytes())
+        (self.dir / "agent.pt").unlink(missing_ok=True)
+        self.episodes.truncate(self.state.get("episodes_bytes", 0))  # what came later is made again
+        if not self.state:
+            self.episodes.write("global_step,return,length\n")
+        if args.track:
+            import wandb  # optional, and nobody else should have to wait for it
+
+            names = {"id": self.config["id"], "name": self.dir.name, "dir": self.dir.parent, "resume": "allow"}
+            wandb.init(**names, config=self.config, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=step + 1)
+        self.writer.add_text("config", f"```\n{text}```", step)
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", desc=self.dir.name)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self.stop)
+
+    def stop(self, number: int, _) -> None:
+        """On a signal: end after this iteration. The second of the kind ends the process at once."""
+        self.signal = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def log_episodes(self, step: int, episodes: dict[int, tuple[float, int]]) -> None:
+        """Return and length of every episode that has ended."""
+        for episodic_return, length in episodes.values():
+            self.episodes.write(f"{step},{episodic_return},{length}\n")
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
+            self.bar.set_postfix({"return": episodic_return}, refresh=False)
+
+    def end_iteration(self, metrics: dict[str, float], ratios: Tensor, learned: dict) -> None:
+        """Log; write the checkpoint when it is due. Raises FloatingPointError, and SystemExit(75) after a signal."""
+        self.iterations += 1
+        step, seconds = self.iterations * self.rollout, time.time() - self.start_time
+        for name, value in {**metrics, "charts/SPS": step / seconds}.items():
+            if not np.isfinite(value) and not name.startswith("spi/"):  # a ratio may overflow, and harm nothing
+                raise FloatingPointError(f"not finite: {name}, at step {step}")
+            self.writer.add_scalar(name, value, step)
+        self.bar.update(self.rollout)
+        complete = step + self.rollout > self.args.total_timesteps
+        if not (complete or self.signal or self.iterations % self.args.checkpoint_interval == 0):
+            return
+
+        self.writer.add_histogram("spi/ratios", ratios.nan_to_num(), step)
+        self.writer.flush()
+        os.fsync(self.episodes.fileno())
+        state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}
+        state |= {"config": self.config, "episodes_bytes": self.episodes.tell()}
+        torch.save(state | {"iterations": self.iterations, "seconds": seconds}, content := io.BytesIO())
+        if complete:
+            torch.save(state["agent"], self.dir / "agent.pt")
+            self.bar.write(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
+        temporary = self.dir / "checkpoint.tmp"
+        try:  # at any instant, power cuts included, the old checkpoint or the new one is there
+            with open(temporary, "wb") as file:
+                file.write(content.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.dir / "checkpoint.pt")
+        finally:
+            temporary.unlink(missing_ok=True)
+        if self.signal and not complete:
+            print(f"\nstopped by {self.signal.name}; to go on: the same, with --run-dir {self.dir}", file=sys.stderr)
+            raise SystemExit(75)
+
+
+if __name__ == "__main__":
+    threading.excepthook = lambda _: None  # TensorBoard's thread: its error is raised again here, and told below
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # whatever the locale
+    try:
+        train(tyro.cli(Args, description=__doc__))
+    except (FloatingPointError, OSError) as error:  # OSError: a full disk, say; the last checkpoint is whole
+        sys.exit(f"\nerror: {error}")
