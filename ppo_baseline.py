@@ -2,9 +2,6 @@
 
     python ppo_baseline.py --env-id Pong-v5                # 10 M agent steps, stochastic setting of the paper
 
-`deep_spi_ppo_atari.py` without its world model: same networks, same sampling, same settings, same random stream, so
-that the world model is all that the two scripts' runs differ by.
-
     J    = E[ min( r A, clip(r, 1 ± ε) A ) ],            r = π_new(a|s) / π_old(a|s)
     loss = -J - ent_coef H + vf_coef ½(V - return)²
 
@@ -13,36 +10,27 @@ that the world model is all that the two scripts' runs differ by.
 
 Diff me against `deep_spi_ppo_atari.py`: the diff is Deep SPI. With that script's two coefficients at 0, the weights
 after training are the same, to the last bit on a CPU in float32.
-Cost: 1444 steps a second on 2 CPU cores with bf16 units: 10 M steps in 2 hours; see README.md.
+Cost: 10 M steps take 2 to 3 hours on 2 CPU cores with bf16 units; see docs/speed.md.
 """
-# ==== 1. Imports ======================================================================================================
 
-import csv
 import ctypes
 import difflib
-import hashlib
+import fcntl
 import importlib.metadata
-import importlib.util
 import io
 import json
-import math
 import os
-import platform
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-import warnings
-from collections import deque
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import envpool
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
@@ -52,163 +40,126 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ==== 2. Arguments ====================================================================================================
+# ==== 1. Arguments ====================================================================================================
+
+MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
+UNITS = torch.cpu.get_capabilities()
+HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # in hardware
+ATARI = [name for name, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
 
 
 @dataclass
 class Args:
     # ---- Experiment
-    seed: int = 1
-    """seed of the environments, the networks and every random draw"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; auto takes CUDA if present"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """arithmetic of the networks; auto takes bf16 where the hardware has it (CUDA, AMX, AVX512-BF16); losses: fp32"""
-    compile: bool = False
-    """compile the networks with torch.compile: for CUDA; on a CPU it takes a C++ compiler and gains next to nothing"""
-    runs_dir: str = "runs"
-    """folder in which the run's own folder is made"""
-    run_name: str | None = None
-    """name of the run's folder, which must not exist yet (default: <env_id>__<script>__<seed>__<time>)"""
-    checkpoint_interval: int = 100
-    """iterations from one checkpoint to the next; there is one at the end, and on a signal to stop, in any case"""
-    resume: bool = False
-    """continue the run named by --run-name from its checkpoint; of its settings, only total_timesteps may change"""
-    track: bool = False
-    """also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)"""
+    seed: int = 1  # seed of the environments, the networks and every random draw
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
+    precision: Literal["fp32", "bf16"] = "bf16" if HAS_BF16 else "fp32"  # of the networks
+    run_dir: str = ""  # the run's folder; a run stopped there goes on (default: runs/<env>__<script>__<seed>__<time>)
+    checkpoint_interval: int = 100  # iterations from one checkpoint to the next
+    track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)
 
     # ---- Environment
-    env_id: str = "Pong-v5"
-    """EnvPool id of the Atari game"""
-    total_timesteps: int = 10_000_000
-    """agent steps in all, rounded down to whole rollouts (1 agent step = 4 frames)"""
-    num_envs: int = 128
-    """N, parallel environments"""
-    num_steps: int = 8
-    """T, steps of each environment per iteration"""
-    repeat_action_probability: float = 0.3
-    """sticky actions: probability that the game repeats the last action instead of the one chosen"""
-    noop_max: int = 60
-    """a game starts with a random number of no-ops, from 1 to this many"""
+    env_id: str = "Pong-v5"  # EnvPool id of the Atari game
+    total_timesteps: int = 10_000_000  # agent steps in all, rounded down to whole rollouts (1 agent step = 4 frames)
+    num_envs: int = 128  # N, parallel environments
+    num_steps: int = 8  # T, steps of each environment per iteration
+    repeat_action_probability: float = 0.3  # sticky actions: that the game repeats the last action, not the one chosen
+    noop_max: int = 60  # a game starts with a random number of no-ops, from 1 to this many
 
     # ---- PPO
-    learning_rate: float = 2.5e-4
-    """Adam's step size, annealed linearly to 0"""
-    gamma: float = 0.99
-    """γ, discount factor"""
-    gae_lambda: float = 0.95
-    """λ of generalised advantage estimation"""
-    num_minibatches: int = 4
-    """minibatches per epoch"""
-    update_epochs: int = 4
-    """passes over the rollout per iteration"""
-    chunk_length: int = 8
-    """L, consecutive steps of one environment sampled together (1: independent transitions, as published)"""
-    clip_coef: float = 0.1
-    """ε of the clip; the neighbourhood's C is 1 + ε"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient, over all parameters together"""
+    learning_rate: float = 2.5e-4  # Adam's step size, annealed linearly to 0
+    gamma: float = 0.99  # γ, discount factor
+    gae_lambda: float = 0.95  # λ of generalised advantage estimation
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 4  # passes over the rollout per iteration
+    chunk_length: int = 8  # L, consecutive steps of one environment sampled together (1: single steps, as published)
+    clip_coef: float = 0.1  # ε of the clip; the neighbourhood's C is 1 + ε
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient, over all parameters together
+
+    def __post_init__(self):
+        """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
+        for name in (field.name for field in fields(self) if field.type in (int, float)):
+            least = 0 if name == "seed" or type(getattr(self, name)) is float else 1
+            self.check(name, least <= getattr(self, name) < np.inf, f"must be finite and at least {least}")
+        for name in ("repeat_action_probability", "gamma", "gae_lambda"):
+            self.check(name, getattr(self, name) <= 1, "must lie in [0, 1]")
+        for name in ("learning_rate", "max_grad_norm"):
+            self.check(name, getattr(self, name) > 0, "must be positive")
+        self.check("seed", self.seed < 2**63, "must be below 2^63")
+        self.check("noop_max", self.noop_max <= 10_000, "must be at most 10,000: every start plays so many frames")
+        self.check("clip_coef", 0 < self.clip_coef < 1, "must lie in (0, 1), so that 1 < C < 2")
+        rollout, chunks = self.num_envs * self.num_steps, self.num_envs * self.num_steps // self.chunk_length
+        self.check("total_timesteps", self.total_timesteps >= rollout, f"must be at least one rollout, {rollout}")
+        self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
+        self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
+        self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
+        packages = {package.name for package in importlib.metadata.distributions()}
+        self.check("track", not self.track or "wandb" in packages, "needs wandb: pip install wandb")
+        closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
+        self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
+
+    def check(self, name: str, allowed: object, rule: str) -> None:
+        """Exit with one line on stderr unless the field is allowed."""
+        if not allowed:
+            print(f"error: --{name.replace('_', '-')}: got {getattr(self, name)!r}; {rule}", file=sys.stderr)
+            raise SystemExit(2)
 
 
-def check(allowed: bool, flag: str, given: object, rule: str) -> None:
-    """Refuse a bad argument in one line, before anything is built; exit code 2, like every usage error."""
-    if not allowed:
-        print(f"error: --{flag.replace('_', '-')}: got {given!r}; {rule}", file=sys.stderr)
-        raise SystemExit(2)
+# ==== 2. Environment ==================================================================================================
 
 
-def check_args(args: Args) -> None:
-    """Refuse settings that cannot work. Raises SystemExit(2) after one line on stderr."""
-    given = vars(args)
-    positive = (
-        "num_envs",
-        "num_steps",
-        "num_minibatches",
-        "update_epochs",
-        "chunk_length",
-        "checkpoint_interval",
-        "noop_max",
-    )
-    for name in positive:
-        check(given[name] >= 1, name, given[name], "must be at least 1")
-    for name in ("repeat_action_probability", "gamma", "gae_lambda"):
-        check(0 <= given[name] <= 1, name, given[name], "must lie in [0, 1]")
-    for name in ("ent_coef", "vf_coef"):
-        check(0 <= given[name] < math.inf, name, given[name], "must be finite and not negative")
-    for name in ("learning_rate", "max_grad_norm"):
-        check(0 < given[name] < math.inf, name, given[name], "must be finite and positive")
-    check(
-        args.noop_max <= 10_000, "noop_max", args.noop_max, "must be at most 10,000: every start plays so many frames"
-    )
-    check(0 < args.clip_coef < 1, "clip_coef", args.clip_coef, "must lie in (0, 1), so that 1 < C < 2")
-    check(0 <= args.seed < 2**63, "seed", args.seed, "must lie in [0, 2^63)")
-    batch_size, length = args.num_envs * args.num_steps, args.chunk_length
-    rule = f"must be at least one rollout, num_envs x num_steps = {batch_size}"
-    check(args.total_timesteps >= batch_size, "total_timesteps", args.total_timesteps, rule)
-    check(args.num_steps % length == 0, "chunk_length", length, f"must divide num_steps = {args.num_steps}")
-    rule = f"must divide the rollout's {batch_size // length} chunks (num_envs x num_steps / chunk_length)"
-    check(batch_size // length % args.num_minibatches == 0, "num_minibatches", args.num_minibatches, rule)
-    check(args.device != "cuda" or torch.cuda.is_available(), "device", args.device, "this machine has no CUDA device")
-    compiler = (args.device != "cpu" and torch.cuda.is_available()) or shutil.which("g++") or shutil.which("clang++")
-    check(not args.compile or bool(compiler), "compile", args.compile, "takes a C++ compiler on a CPU, g++ or clang++")
-    check(not args.resume or bool(args.run_name), "resume", args.resume, "needs the run's name: --run-name")
-    tracking = not args.track or importlib.util.find_spec("wandb") is not None
-    check(tracking, "track", args.track, "needs Weights & Biases: pip install wandb")
+class Games:
+    """N parallel games, and the return and length of the episode that each is in."""
+
+    def __init__(self, args: Args, start: int = 0):
+        # EnvPool's own seeds are seed + i: neighbouring seeds would share games. A run that goes on plays new ones.
+        stream = np.random.SeedSequence(args.seed, spawn_key=(start,) if start else ())
+        self.envs = envpool.make(
+            args.env_id,
+            env_type="gymnasium",
+            num_envs=args.num_envs,
+            num_threads=min(args.num_envs, torch.get_num_threads()),  # EnvPool and torch take turns
+            env_seed=(stream.generate_state(args.num_envs) >> 1).tolist(),  # signed 32 bits
+            episodic_life=True,
+            repeat_action_probability=args.repeat_action_probability,
+            noop_max=args.noop_max,
+        )
+        self.num_actions = int(self.envs.action_space.n)
+        self.is_last = np.zeros(args.num_envs, dtype=bool)
+        self.lives, self.life_lost = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=bool)
+        self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
+
+    def reset(self) -> Tensor:
+        """First frames (N, 84, 84, 4) uint8: channels last, as convolutions are faster so."""
+        return torch.from_numpy(self.envs.reset()[0]).permute(0, 2, 3, 1)
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[int, tuple[float, int]]]:
+        """s', reward, is_terminal, is_last, (N, ...) each; and the episodes that ended: environment -> return, length.
+
+        s' is the true next frame even at an end, where the next step only resets: a dummy row, of reward 0. To the
+        learner rewards are clipped, a lost life is a terminal state, and the time limit is none. An episode is a whole
+        game, its return unclipped; it lacks what was scored in the no-ops after a lost life: docs/environments.md.
+        """
+        frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
+        # After a lost life the game goes on for some no-ops. If it ends in them, only the lives of the next one tell.
+        untold = self.life_lost & (info["lives"] > self.lives)
+        over = info["terminated"].astype(bool) | truncated
+        self.returns += info["reward"]
+        self.lengths += ~self.is_last
+        self.is_last, self.lives, self.life_lost = terminated | truncated, info["lives"], terminated & ~over
+        episodes = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(over | untold)}
+        self.returns[over | untold], self.lengths[over | untold] = 0, 0
+        frames, *others = map(torch.from_numpy, (frames, np.sign(rewards), terminated, self.is_last))
+        return frames.permute(0, 2, 3, 1), *others, episodes
 
 
-# ==== 3. Environment ==================================================================================================
+# ==== 3. Networks =====================================================================================================
+# B rows, A actions. The latent z = φ(s) is (B, height, width, channels): with this encoder (B, 7, 7, 64).
 
 
-def check_env(env_id: str) -> int:
-    """Number of actions A of an Atari game, without building it. Raises SystemExit(2) if the script is not for it."""
-    known = envpool.list_all_envs()
-    if env_id not in known:
-        closest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0.4)) or "none; see envpool.list_all_envs()"
-        check(False, "env_id", env_id, f"no such environment; closest: {closest}")
-    warnings.filterwarnings("ignore", ".*precision lowered by casting")  # EnvPool's own spaces set it off
-    try:
-        spec = envpool.make_spec(env_id)
-    except ImportError as error:  # Procgen needs system libraries
-        check(False, "env_id", env_id, str(error))
-    actions, observations = spec.action_space, spec.observation_space
-    check(isinstance(actions, gym.spaces.Discrete), "env_id", env_id, f"actions must be discrete, not {actions}")
-    frames = observations.shape == (4, 84, 84) and observations.dtype == np.uint8
-    check(frames, "env_id", env_id, "observations must be Atari frames; for vectors see deep_spi_ppo.py")
-    return int(actions.n)
-
-
-def env_seeds(seed: int, num_envs: int, resumes: int = 0) -> list[int]:
-    """One seed per environment. EnvPool's own are seed + i, so that neighbouring seeds would share their streams.
-
-    A run that was resumed so many times draws from another stream each time, or it would see the same starts again.
-    """
-    stream = np.random.SeedSequence(seed, spawn_key=range(resumes))
-    return (stream.generate_state(num_envs) >> 1).tolist()  # signed 32 bits
-
-
-def make_envs(args: Args, resumes: int = 0):
-    """N parallel games. EnvPool and torch take turns, so each gets as many threads as torch may use."""
-    return envpool.make(
-        args.env_id,
-        env_type="gymnasium",
-        num_envs=args.num_envs,
-        num_threads=min(args.num_envs, torch.get_num_threads()),
-        env_seed=env_seeds(args.seed, args.num_envs, resumes),
-        episodic_life=True,
-        repeat_action_probability=args.repeat_action_probability,
-        noop_max=args.noop_max,
-    )
-
-
-# ==== 4. Networks =====================================================================================================
-# B rows, A actions. The latent z = φ(s) is (B, 7, 7, 64), flattened in that order where a linear layer reads it.
-
-
-def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     """Orthogonal weights of gain `std`, zero biases."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
@@ -228,15 +179,17 @@ class Agent(nn.Module):
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
-        self.fc = layer_init(nn.Linear(7 * 7 * 64, 512))
+        with torch.no_grad():
+            latent_shape = self.encode(torch.zeros(1, 84, 84, 4, dtype=torch.uint8)).shape[1:]
+        self.fc = layer_init(nn.Linear(latent_shape.numel(), 512))
         self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
     def encode(self, obs: Tensor) -> Tensor:
-        """z = φ(s), (B, 7, 7, 64), of frames (B, 84, 84, 4) uint8, channels last."""
-        dtype = torch.bfloat16 if torch.is_autocast_enabled(obs.device.type) else torch.float32
-        first = self.encoder[0]  # dividing its weights by 255 is dividing the frames, of which there is far more
-        x = F.conv2d(obs.to(dtype).permute(0, 3, 1, 2), first.weight / 255, first.bias, first.stride)
+        """z = φ(s), (B, height, width, channels), of frames (B, 84, 84, 4) uint8."""
+        first, bf16 = self.encoder[0], torch.is_autocast_enabled(obs.device.type)
+        frames = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32)
+        x = first._conv_forward(frames, first.weight / 255, first.bias)  # pixels over 255; there are fewer weights
         return self.encoder[1:](x).permute(0, 2, 3, 1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,20 +198,17 @@ class Agent(nn.Module):
         return self.actor(hidden).float().log_softmax(-1), self.critic(hidden).float().squeeze(-1)
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Host to device without either waiting for the other: on CUDA a pinned, non-blocking copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
-# ==== 5. Equations ====================================================================================================
+# ==== 4. Equations ====================================================================================================
 # T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, r, s'). Where s is already the
-# end of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
+# last of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
 
 
-class Minibatch(NamedTuple):
-    """M transitions: what `compute_loss` needs beside the latents. A whole rollout has (T, N) in place of (M,)."""
+class Transitions(NamedTuple):
+    """The M transitions of a minibatch: B chunks of L steps, row after row. A whole rollout has (T, N) for (M,)."""
 
+    obs: Tensor  # (B, L, 84, 84, 4) the frames s
     actions: Tensor  # (M,) int64
+    rewards: Tensor  # (M,) clipped
     old_log_probs: Tensor  # (M, A) ln π_old of every action
     advantages: Tensor  # (M,)
     returns: Tensor  # (M,) the value function's target
@@ -266,20 +216,19 @@ class Minibatch(NamedTuple):
 
 
 def compute_gae(
-    rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tensor, gamma: float, gae_lambda: float
+    rewards: Tensor, values: Tensor, is_terminal: Tensor, is_last: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, both (T, N) (Schulman et al., 2016, eq. 16).
 
-    rewards (T, N); values (T+1, N) of obs[0..T]; terminated (T, N): step t ended in a terminal state, of value 0;
-    dones (T+1, N): obs[t] is an episode's last, so dones[t+1] cuts the sum over step t's successors. A truncated step
-    has dones[t+1] but not terminated[t]: it is bootstrapped with the value of its true last observation.
+    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. The last of an
+    episode cuts the sum. Where the time limit cuts it, it is last and not terminal: its value is bootstrapped.
     """
-    assert values.shape == dones.shape == (len(rewards) + 1, *rewards.shape[1:]) and terminated.shape == rewards.shape
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # (T, N)
+    assert values.shape == is_terminal.shape == is_last.shape == (len(rewards) + 1, *rewards.shape[1:])
+    deltas = rewards + gamma * values[1:] * ~is_terminal[1:] - values[:-1]  # (T, N)
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + gamma * gae_lambda * ~dones[t + 1] * advantage
+        advantage = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantage
         advantages[t] = advantage
     return advantages, advantages + values[:-1]
 
@@ -302,363 +251,252 @@ def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tenso
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var[return - V] / Var[return] over the real rows: 1 is a perfect critic, 0 one no better than a constant."""
-    errors, returns = (returns - values)[mask > 0], returns[mask > 0]
-    return 1 - errors.var(correction=0) / returns.var(correction=0)
+    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 like a constant."""
+    errors, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
+    return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
 
-def compute_loss(agent: Agent, batch: Minibatch, z: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a minibatch, and what of it is logged, as scalars. z: φ(s) of the M transitions."""
+def compute_loss(agent: Agent, batch: Transitions, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a minibatch, and what of it is logged, as scalars."""
+    z = agent.encode(batch.obs.flatten(0, 1))
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)
-
-    policy_loss = -masked_mean(clipped_objective(ratio, advantages, args.clip_coef), batch.mask)
+    utility = normalize(batch.advantages, batch.mask)
+    policy_loss = -masked_mean(clipped_objective(ratio, utility, args.clip_coef), batch.mask)
     value_loss = 0.5 * masked_mean((values - batch.returns).square(), batch.mask)
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
-    ratios = log_ratios.exp()
-    inside = (ratios <= 1 + args.clip_coef) & (ratios >= 1 - args.clip_coef)  # N^C with C = 1 + ε
-    real_ratios = torch.where(batch.mask[:, None] > 0, ratios, 1.0)
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    outside = (ratios > 1 + args.clip_coef) | (ratios < 1 - args.clip_coef)  # of N^C with C = 1 + ε
     stats = {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
         "losses/approx_kl": masked_mean(ratio - 1 - log_ratio, batch.mask),
         "losses/clipfrac": masked_mean(((ratio - 1).abs() > args.clip_coef).float(), batch.mask),
-        "spi/ratio_min": real_ratios.min(),
-        "spi/ratio_max": real_ratios.max(),
-        "spi/outside_neighbourhood": 1 - masked_mean(inside.float().mean(-1), batch.mask),
+        "spi/ratios": ratios,
+        "spi/outside_neighbourhood": masked_mean(outside.float().mean(-1), batch.mask),
     }
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
-# ==== 6. Setup ========================================================================================================
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """fp32 or bf16; auto is bf16 only where the hardware computes in it, not where it is emulated."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    features = torch.cpu.get_capabilities()
-    return "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "fp32"
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next tensors; the system would clear every page before giving it again."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # not on macOS
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
-
-
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, new unless the run is to be resumed. Raises SystemExit(2) if it cannot be made."""
-    run_name = args.run_name or f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.runs_dir) / run_name
-    if args.resume:
-        return run_dir
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError:
-        check(False, "run_name", run_name, f"{run_dir} exists already; a run needs a new folder, or --resume")
-    except OSError as error:
-        check(False, "runs_dir", args.runs_dir, f"cannot make {run_dir}: {error.strerror}")
-    return run_dir
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that at any instant, power cuts included, the old or the new one is there. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-
-
-def as_bytes(state: dict) -> bytes:
-    """What torch.save makes of the state."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def load_checkpoint(run_dir: Path, run: dict) -> dict:
-    """The state in checkpoint.pt. Raises SystemExit(2) if there is none that the described run can go on from."""
-    path = run_dir / "checkpoint.pt"
-    check(path.is_file(), "resume", str(run_dir), "has no checkpoint.pt to resume from")
-    content = path.read_bytes()
-    whole = hashlib.sha256(content[32:]).digest() == content[:32]  # torch.load itself would miss most flipped bits
-    check(whole, "resume", str(path), "is damaged, or not a checkpoint: its digest is not that of its content")
-    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-    script = state["run"]["script"]
-    check(script == run["script"], "resume", str(path), f"is a checkpoint of {script}")
-    may_change = ("total_timesteps", "checkpoint_interval", "resume", "track", "runs_dir", "run_name", "device")
-    before, now = (
-        {f"--{name.replace('_', '-')}": value for name, value in described["args"].items() if name not in may_change}
-        | {"precision": described["precision"], "device is a CPU": described["device"] == "cpu"}
-        for described in (state["run"], run)
-    )
-    changed = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]]
-    check(not changed, "resume", str(run_dir), f"may not change: {'; '.join(changed)}")
-    episodes = run_dir / "episodes.csv"
-    short = not episodes.is_file() or episodes.stat().st_size < state["episodes_bytes"]
-    check(not short, "resume", str(episodes), "lacks episodes that it had at the checkpoint")
-    return state
-
-
-def catch_signals() -> list[int]:
-    """Signals to stop (Ctrl-C, SLURM) in a list that grows as they come; the second of a kind ends the run at once."""
-    received = []
-
-    def handler(number: int, _) -> None:
-        """Note the signal, and leave the next one of its kind to the system."""
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, handler)
-    return received
-
-
-def describe_run(args: Args, device: torch.device, precision: str) -> dict:
-    """All that one must know to repeat the run, or to doubt it."""
-    folder = shlex.quote(str(Path(__file__).parent))
-    git = f"git -C {folder} describe --always --abbrev=40 --exclude '*' --dirty"  # "<commit>" or "<commit>-dirty"
-    git_status, git_commit = subprocess.getstatusoutput(git)
-    packages = ("torch", "envpool", "gymnasium", "numpy")
-    return {
-        "script": Path(__file__).name,
-        "script_path": str(Path(__file__).resolve()),
-        "args": vars(args),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": precision,
-        "torch_threads": torch.get_num_threads(),
-        "git_commit": git_commit if git_status == 0 else None,
-        "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {platform.platform()}",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "resumes": [],  # where the run was continued, each time with fresh environments
-    }
-
-
-def stop_run(writer: SummaryWriter, run_dir: Path, weights: dict[str, Tensor], step: int, terms: list[str]) -> None:
-    """End a run whose `terms` are not finite, keeping the weights from before that iteration. Raises SystemExit(1)."""
-    write_whole(run_dir / "agent.pt", as_bytes(weights))
-    writer.close()
-    print(f"\nerror: stopped at step {step}: not finite: {', '.join(terms)}", file=sys.stderr)
-    print(f"error: {run_dir / 'agent.pt'} has the weights from before this iteration", file=sys.stderr)
-    raise SystemExit(1)
+# ==== 5. Training =====================================================================================================
 
 
 def train(args: Args) -> None:
-    """One run, from the check of its arguments to its last line of output."""
-    check_args(args)
-    num_actions = check_env(args.env_id)
-    run_dir = make_run_dir(args)
-    signals = catch_signals()
-
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    precision = choose_precision(args.precision, device)
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
-    keep_freed_memory()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    run, checkpoint = describe_run(args, device, precision), None
-    if args.resume:
-        checkpoint = load_checkpoint(run_dir, run)
-        steps = checkpoint["global_step"]
-        if args.total_timesteps < steps + args.num_envs * args.num_steps:
-            print(f"{run_dir}: complete, with {steps} steps; --total-timesteps says how many more to make")
-            return
-        circumstances = ("device", "precision", "torch_threads", "git_commit", "machine", "versions")
-        leg = {"global_step": steps} | {name: run[name] for name in circumstances}
-        run = checkpoint["run"] | {"args": vars(args), "resumes": [*checkpoint["run"]["resumes"], leg]}
-        print(f"{run_dir}: resumed after step {steps}, with fresh environments; open episodes are dropped")
-    if args.track:
-        import wandb  # optional, and nobody else should have to wait for it
-
-        run["wandb_id"] = run.get("wandb_id") or wandb.util.generate_id()
-        name, wandb_id = run_dir.name, run["wandb_id"]
-        wandb.init(name=name, id=wandb_id, resume="allow", dir=run_dir, config=run, sync_tensorboard=True)
-    write_whole(run_dir / "config.json", (json.dumps(run, indent=2) + "\n").encode())
-    # What was logged after the checkpoint is dropped: it is made again.
-    writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
-    episodes_file = open(run_dir / "episodes.csv", "a", buffering=1, newline="")  # each line is flushed
-    episodes = csv.writer(episodes_file, lineterminator="\n")
-    if checkpoint:
-        episodes_file.truncate(checkpoint["episodes_bytes"])
-    else:
-        episodes.writerow(("global_step", "return", "length"))
-
-    T, N, A, L = args.num_steps, args.num_envs, num_actions, args.chunk_length
-    num_iterations = args.total_timesteps // (T * N)
+    """Play a rollout, estimate its advantages, learn from it; again and again."""
+    T, N, L = args.num_steps, args.num_envs, args.chunk_length
+    run, num_iterations = Run(args), args.total_timesteps // (T * N)
+    device, autocast = args.device, torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
     torch.manual_seed(args.seed)
-    agent = Agent(A).to(device)
-    if args.compile:
-        agent.encode = torch.compile(agent.encode)
+    games = Games(args, run.iterations)
+    agent = Agent(games.num_actions).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    learned = {"agent": agent, "optimizer": optimizer}
+    if run.state:
+        torch.set_rng_state(run.state["rng"])
+        for name, part in learned.items():
+            part.load_state_dict(run.state[name])
 
+    # Frames and policies live on the device; the rest, like the games, on the CPU.
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
-    host_actions = torch.zeros((T, N), dtype=torch.int64)
-    log_probs = torch.zeros((T, N, A), device=device)
+    log_probs = torch.zeros((T, N, games.num_actions), device=device)
     values = torch.zeros((T + 1, N), device=device)
-    rewards = torch.zeros((T, N), device=device)
-    terminated = torch.zeros((T, N), dtype=torch.bool, device=device)
-    dones = torch.zeros((T + 1, N), dtype=torch.bool, device=device)  # obs[t] is the last of an episode
+    actions = torch.zeros((T, N), dtype=torch.int64)
+    rewards = torch.zeros((T, N))
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t] has value 0; ends an episode
+    obs[T] = games.reset()
 
-    envs = make_envs(args, len(run["resumes"]))
-    episodic_return, episodic_length = np.zeros(N), np.zeros(N, dtype=np.int64)
-    recent_returns = deque(maxlen=100)
-    obs[T] = to_device(torch.from_numpy(envs.reset()[0]), device).permute(0, 2, 3, 1)
-    done = np.zeros(N, dtype=bool)
-    first_iteration, global_step, start_weights, start_time = 0, 0, agent.state_dict(), time.time()
-    stateful = {"agent": agent, "optimizer": optimizer}
-    generators = [torch.default_generator, *torch.cuda.default_generators[: device.type == "cuda"]]
-    if checkpoint:
-        for name, module in stateful.items():
-            module.load_state_dict(checkpoint[name])
-        for generator, generator_state in zip(generators, checkpoint["generators"], strict=True):
-            generator.set_state(generator_state)
-        recent_returns.extend(checkpoint["recent_returns"])
-        first_iteration, global_step = checkpoint["iterations"], checkpoint["global_step"]
-        start_time -= checkpoint["seconds"]
-    total = num_iterations * T * N
-    progress = tqdm(total=total, initial=global_step, unit=" steps", desc=run_dir.name, mininterval=1.0)
-
-    for iteration in range(first_iteration, num_iterations):
-        # ==== 7. Rollout ==============================================================================================
+    for iteration in range(run.iterations, num_iterations):
+        # ---- Rollout
         optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
-        obs[0], dones[0] = obs[T], dones[T]
+        obs[0], is_last[0] = obs[T], is_last[T]
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
-                if not log_probs[t].isfinite().all():  # finite parameters can still be too large
-                    stop_run(writer, run_dir, start_weights, global_step, ["log_probs"])
-                host_actions[t] = torch.multinomial(log_probs[t].exp(), num_samples=1).squeeze(-1)
+            if not log_probs[t].isfinite().all():
+                raise FloatingPointError("not finite: log_probs")
+            actions[t] = torch.multinomial(log_probs[t].exp().cpu(), num_samples=1).squeeze(-1)
+            obs[t + 1], rewards[t], is_terminal[t + 1], is_last[t + 1], episodes = games.step(actions[t])
+            run.log_episodes((iteration * T + t + 1) * N, episodes)
 
-            next_obs, reward, ended, truncated, info = envs.step(host_actions[t].numpy().astype(np.int32))
-            dummy, done = done, ended | truncated
-            # The true s', even where an episode ends; channels last, as convolutions are faster so.
-            obs[t + 1] = to_device(torch.from_numpy(next_obs), device).permute(0, 2, 3, 1)
-            rewards[t] = to_device(torch.from_numpy(np.sign(reward)), device)
-            terminated[t] = to_device(torch.from_numpy(ended), device)  # by a lost life too, but not by the time limit
-            dones[t + 1] = to_device(torch.from_numpy(done), device)
-
-            global_step = (iteration * T + t + 1) * N
-            game_over = info["terminated"].astype(bool) | truncated
-            episodic_return += info["reward"]  # unclipped, and 0 in a dummy row
-            episodic_length += ~dummy
-            for i in np.flatnonzero(game_over):
-                episodes.writerow((global_step, episodic_return[i], episodic_length[i]))
-                writer.add_scalar("charts/episodic_return", episodic_return[i], global_step)
-                writer.add_scalar("charts/episodic_length", episodic_length[i], global_step)
-                recent_returns.append(episodic_return[i])
-            episodic_return[game_over], episodic_length[game_over] = 0, 0
-
-        # ==== 8. Advantages ===========================================================================================
+        # ---- Advantages
         with torch.no_grad(), autocast:
             values[T] = agent.policy_and_value(agent.encode(obs[T]))[1]
-        mask = (~dones[:T]).float()  # (T, N)
-        advantages, returns = compute_gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)
-        rollout = Minibatch(to_device(host_actions, device), log_probs, advantages, returns, mask)
+        advantages, returns = compute_gae(rewards, values.cpu(), is_terminal, is_last, args.gamma, args.gae_lambda)
+        mask = (~is_last[:T]).float()
+        of_steps = [x.to(device) for x in (actions, rewards, log_probs, advantages, returns, mask)]
 
-        # ==== 9. Update ===============================================================================================
-        start_weights = {name: weight.clone() for name, weight in agent.state_dict().items()}
-        minibatch_stats = []
+        # ---- Update
         for _ in range(args.update_epochs):
+            epoch_stats, stats = [], {}
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
                 # A chunk is L steps of one environment.
-                t = chunks[:, None] // N * L + torch.arange(L)  # (chunks, L)
-                rows = to_device(t * N + chunks[:, None] % N, device).flatten()  # of the T·N in the rollout
-                batch = Minibatch(*(x.flatten(0, 1)[rows] for x in rollout))
+                t = chunks[:, None] // N * L + torch.arange(L)
+                frames = t * N + chunks[:, None] % N  # (B, L), rows of the (T + 1) N frames
+                if not mask.flatten()[frames].any():
+                    continue  # dummies alone: nothing to learn from
+                frames, steps = frames.to(device), frames.flatten().to(device)
+                batch = Transitions(obs.flatten(0, 1)[frames], *(x.flatten(0, 1)[steps] for x in of_steps))
                 with autocast:
-                    z = agent.encode(obs.flatten(0, 1).index_select(0, rows))
-                    loss, stats = compute_loss(agent, batch, z, args)
+                    loss, stats = compute_loss(agent, batch, args)
                 optimizer.zero_grad()
                 loss.backward()
                 stats["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
-                minibatch_stats.append(torch.stack(list(stats.values())))
+                epoch_stats.append(stats)
 
-        # ==== 10. Logging =============================================================================================
-        table = torch.stack(minibatch_stats).cpu()  # (minibatches, metrics); here the update waits for the device
-        diagnostic = torch.tensor([name.startswith("spi/") for name in stats])  # a ratio may overflow, and harm nothing
-        not_finite = ~table.isfinite() & ~diagnostic
-        if not_finite.any():
-            first = not_finite[not_finite.any(-1)][0]
-            terms = [name for name, bad in zip(stats, first, strict=True) if bad]
-            stop_run(writer, run_dir, start_weights, global_step, terms)
-        finite = torch.stack([parameter.isfinite().all() for parameter in agent.parameters()]).cpu()
-        if not finite.all():  # after the last step, which no loss has seen
-            terms = [name for (name, _), fine in zip(agent.named_parameters(), finite, strict=True) if not fine]
-            stop_run(writer, run_dir, start_weights, global_step, terms)
-        metrics = dict(zip(stats, table.mean(0).tolist(), strict=True))
-        last_epoch = dict(zip(stats, table[-args.num_minibatches :].unbind(-1), strict=True))
-        metrics["spi/ratio_min"] = last_epoch["spi/ratio_min"].min().item()
-        metrics["spi/ratio_max"] = last_epoch["spi/ratio_max"].max().item()
-        metrics["spi/outside_neighbourhood"] = last_epoch["spi/outside_neighbourhood"].mean().item()
-        metrics["losses/explained_variance"] = explained_variance(values[:T], returns, mask).item()
+        # ---- Logging, of the last epoch
+        table = {name: torch.stack([row[name] for row in epoch_stats]) for name in stats}
+        ratios = table.pop("spi/ratios", torch.ones(1)).cpu()
+        metrics = {name: column.mean().item() for name, column in table.items()}
+        metrics["spi/ratio_min"], metrics["spi/ratio_max"] = ratios.min().item(), ratios.max().item()
+        metrics["losses/explained_variance"] = explained_variance(values[:T].cpu(), returns, mask).item()
+        metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        metrics["charts/SPS"] = global_step / (time.time() - start_time)
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, global_step)
-        mean_return = f"{np.mean(recent_returns):.2f}" if recent_returns else "no episode yet"
-        progress.set_postfix_str(f"return {mean_return}, SPS {metrics['charts/SPS']:.0f}", refresh=False)
-        progress.update(T * N)
+        run.end_iteration(metrics, ratios, learned)
 
-        last, stopping = iteration + 1 == num_iterations, bool(signals)
-        if last or stopping or (iteration + 1) % args.checkpoint_interval == 0:
-            with torch.no_grad(), autocast:
-                if not agent.policy_and_value(agent.encode(obs[T]))[0].isfinite().all():
-                    stop_run(writer, run_dir, start_weights, global_step, ["log_probs"])
-            if last:  # before the checkpoint, which says that all is done
-                write_whole(run_dir / "agent.pt", as_bytes(agent.state_dict()))
-            writer.flush()
-            os.fsync(episodes_file.fileno())
-            state = {name: module.state_dict() for name, module in stateful.items()}
-            state |= {
-                "run": run,
-                "iterations": iteration + 1,
-                "global_step": global_step,
-                "seconds": time.time() - start_time,
-                "generators": [generator.get_state() for generator in generators],
-                "recent_returns": [float(value) for value in recent_returns],
-                "episodes_bytes": (run_dir / "episodes.csv").stat().st_size,
-            }
-            content = as_bytes(state)
-            write_whole(run_dir / "checkpoint.pt", hashlib.sha256(content).digest() + content)
-        if stopping and not last:
-            break
 
-    progress.close()
-    episodes_file.close()
-    writer.close()
-    if not last:
-        missing = [] if args.resume else ["--run-name", run_dir.name, "--resume"] if not args.run_name else ["--resume"]
-        print(f"stopped by {signal.Signals(signals[0]).name} after step {global_step}; to go on:", file=sys.stderr)
-        print(shlex.join([sys.executable, *sys.argv, *missing]), file=sys.stderr)
-        raise SystemExit(75)
-    sps, minutes = metrics["charts/SPS"], (time.time() - start_time) / 60
-    print(f"{args.env_id}: mean return of the last {len(recent_returns)} episodes: {mean_return}")
-    print(f"{global_step:,} steps at {sps:,.0f} per second, {minutes:.1f} minutes on {run['device']} in {precision}")
-    print(f"{run_dir}: config.json, episodes.csv, agent.pt; curves: tensorboard --logdir {args.runs_dir}")
+# ==== 6. The run's folder =============================================================================================
+
+
+class Run:
+    """One run: its folder, its log, and the checkpoint that it goes on from.
+
+    config.json: settings, machine, versions, commit      <script>.py: this very code; evaluate.py plays with it
+    episodes.csv: global step, return, length             checkpoint.pt: all that the run needs to go on
+    events.*: curves, for TensorBoard                     agent.pt: the final weights, when all is done
+    """
+
+    def __init__(self, args: Args):
+        """Open the folder, new or of a run to go on with. Raises SystemExit: 2 if it cannot be, 0 if all is done."""
+        script, self.args, self.signal = Path(__file__).resolve(), args, None
+        self.rollout = args.num_envs * args.num_steps  # global steps of an iteration
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # freed memory stays for the next tensors: the system
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
+
+        name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.run_dir or f"runs/{name}")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.episodes = open(self.dir / "episodes.csv", "a", buffering=1)  # each line is flushed
+            fcntl.flock(self.episodes, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
+        git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
+        commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
+        if commit and script.name not in subprocess.run("git ls-files", **git).stdout.splitlines():
+            commit += "-untracked"
+        self.config = {
+            "script": script.name,
+            "script_path": str(script),
+            "args": vars(args),
+            "git_commit": commit or None,
+            "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
+            "torch_threads": torch.get_num_threads(),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "envpool", "gymnasium", "numpy")},
+            "id": f"{time.time_ns():x}",  # for Weights & Biases
+            "resumes": [],  # global steps at which the run went on, with new games
+        }
+        path, self.state = self.dir / "checkpoint.pt", {}
+        if path.exists():
+            try:
+                assert zipfile.ZipFile(path).testzip() is None  # its check sums, which torch.load does not look at
+                self.state = torch.load(path, map_location="cpu", weights_only=True)
+                assert self.episodes.tell() >= self.state["episodes_bytes"]
+                before = self.state["config"]["args"] | {"script": self.state["config"]["script"]}
+            except Exception:  # of many kinds, as any byte may be wrong
+                args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
+            now = vars(args) | {"script": script.name}
+            changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
+            rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
+            args.check("run_dir", not changed, f"is a run with {rule}")
+            resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
+            self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
+        self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
+        step = self.iterations * self.rollout
+        if step + self.rollout > args.total_timesteps:
+            print(f"{self.dir}: complete; a larger --total-timesteps makes it longer")
+            raise SystemExit(0)
+
+        text = json.dumps(self.config, indent=2) + "\n"
+        (self.dir / "config.json").write_text(text)
+        (self.dir / script.name).write_bytes(script.read_bytes())
+        (self.dir / "agent.pt").unlink(missing_ok=True)
+        self.episodes.truncate(self.state.get("episodes_bytes", 0))  # what came later is made again
+        if not self.state:
+            self.episodes.write("global_step,return,length\n")
+        if args.track:
+            import wandb  # optional, and nobody else should have to wait for it
+
+            names = {"id": self.config["id"], "name": self.dir.name, "dir": self.dir.parent, "resume": "allow"}
+            wandb.init(**names, config=self.config, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=step + 1)
+        self.writer.add_text("config", f"```\n{text}```", step)
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", desc=self.dir.name)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self.stop)
+
+    def stop(self, number: int, _) -> None:
+        """On a signal: end after this iteration. The second of the kind ends the process at once."""
+        self.signal = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def log_episodes(self, step: int, episodes: dict[int, tuple[float, int]]) -> None:
+        """Return and length of every episode that has ended."""
+        for episodic_return, length in episodes.values():
+            self.episodes.write(f"{step},{episodic_return},{length}\n")
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
+            self.bar.set_postfix({"return": episodic_return}, refresh=False)
+
+    def end_iteration(self, metrics: dict[str, float], ratios: Tensor, learned: dict) -> None:
+        """Log; write the checkpoint when it is due. Raises FloatingPointError, and SystemExit(75) after a signal."""
+        self.iterations += 1
+        step, seconds = self.iterations * self.rollout, time.time() - self.start_time
+        for name, value in {**metrics, "charts/SPS": step / seconds}.items():
+            if not np.isfinite(value) and not name.startswith("spi/"):  # a ratio may overflow, and harm nothing
+                raise FloatingPointError(f"not finite: {name}, at step {step}")
+            self.writer.add_scalar(name, value, step)
+        self.bar.update(self.rollout)
+        complete = step + self.rollout > self.args.total_timesteps
+        if not (complete or self.signal or self.iterations % self.args.checkpoint_interval == 0):
+            return
+
+        self.writer.add_histogram("spi/ratios", ratios.nan_to_num(), step)
+        self.writer.flush()
+        os.fsync(self.episodes.fileno())
+        state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}
+        state |= {"config": self.config, "episodes_bytes": self.episodes.tell()}
+        torch.save(state | {"iterations": self.iterations, "seconds": seconds}, content := io.BytesIO())
+        if complete:
+            torch.save(state["agent"], self.dir / "agent.pt")
+            self.bar.write(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
+        temporary = self.dir / "checkpoint.tmp"
+        try:  # at any instant, power cuts included, the old checkpoint or the new one is there
+            with open(temporary, "wb") as file:
+                file.write(content.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.dir / "checkpoint.pt")
+        finally:
+            temporary.unlink(missing_ok=True)
+        if self.signal and not complete:
+            print(f"\nstopped by {self.signal.name}; to go on: the same, with --run-dir {self.dir}", file=sys.stderr)
+            raise SystemExit(75)
 
 
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread: its error is raised again here, and told below
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # whatever the locale
     try:
         train(tyro.cli(Args, description=__doc__))
-    except OSError as error:  # a full disk, say: what was written before stays, and the last checkpoint is whole
+    except (FloatingPointError, OSError) as error:  # OSError: a full disk, say; the last checkpoint is whole
         sys.exit(f"\nerror: {error}")
