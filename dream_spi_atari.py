@@ -1,21 +1,20 @@
-"""DreamSPI on Atari: planning in a world model that PPO's clip keeps honest (Delgrange, Avalos and Röpke, ICLR 2026).
+"""DreamSPI on Atari: planning in a world model that the clip keeps close (Delgrange, Avalos and Röpke, ICLR 2026).
 
     python dream_spi_atari.py --env-id Pong-v5             # 10 M agent steps, stochastic setting of the paper
 
-Two updates an iteration, of parts that share no parameter. The actor never sees a gradient from real data:
+Two updates an iteration, of parts that share no parameter. The actor never sees a gradient of real data:
 
-    1. real data trains φ and the world model    U = A - α_R ℓ_R - α_P ℓ_P,  J = E[ min( r U, clip(r, 1 ± ε) U ) ]
-       Actor and critic stand still: r measures what the move of φ alone does to the policy, and the clip bounds it.
-    2. imagination trains actor and critic       H steps from each z = φ(s), with P̄, R̄ and the done model: PPO on them
+    1. real data trains φ and the world model     U = A - α_R ℓ_R - α_P ℓ_P,  J = E[ min( r U, clip(r, 1 ± ε) U ) ]
+       Actor and critic stand still: r says what the move of φ alone does to the policy, and the clip bounds that.
+    2. imagination trains actor and critic        PPO on H steps in P̄, R̄ and the done model from each z = φ(s)
 
-    φ  encode             R̄  reward_model        ℓ_R  reward_loss + done_loss     α_R  reward_loss_coef
-    z  V x C classes      P̄  transition_model    ℓ_P  transition_loss             α_P  transition_loss_coef
-    H  horizon            N^C neighbourhood: 2 - C <= π̄'(a|z)/π̄(a|z) <= C; the planning theorem wants C = 1/γ
+    φ  encode             R̄  reward_model         ℓ_R  reward_loss + done_loss    α_R  reward_loss_coef
+    z  V x C classes      P̄  transition_model     ℓ_P  transition_loss            α_P  transition_loss_coef
+    H  horizon            N^C neighbourhood: 2 - C <= π̄'(a|z)/π̄(a|z) <= C
 
-    V(π̄∘φ) - V(π̄_b∘φ) >= V̄(π̄) - V̄(π̄_b) - ζ,   ζ ∝ L_R/γ + K_V L_P:   better in the model is better, less ζ
-
-Diff me against `deep_spi_ppo_atari.py`, where one update trains all. `dream_spi.py` is for vectors. The published code
-does several things otherwise: docs/dreamspi.md lists them. Learns less than Deep SPI, as the authors say of theirs.
+What is better in the model is better in the game, but for ζ ∝ L_R/γ + K_V L_P, if the actor stays in N^{1/γ}(π̄_b):
+V(π̄∘φ) - V(π̄_b∘φ) >= V̄(π̄) - V̄(π̄_b) - ζ. Diff me against `deep_spi_ppo_atari.py`, where one update trains all.
+`dream_spi.py` is for vectors. tests/parity_dreamspi.py has what the published code does otherwise.
 """
 
 import ctypes
@@ -112,9 +111,8 @@ class Args:
         self.check("total_timesteps", self.total_timesteps >= rollout, f"must be at least one rollout, {rollout}")
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
-        starts, minibatches = self.imagination_starts or rollout, self.num_minibatches
-        self.check("imagination_starts", starts <= rollout, f"must be at most one rollout, {rollout}")
-        self.check("imagination_starts", starts % minibatches == 0, f"must be a multiple of {minibatches} minibatches")
+        whole = self.imagination_starts <= rollout and self.imagination_starts % self.num_minibatches == 0
+        self.check("imagination_starts", whole, f"must be at most {rollout}, a multiple of {self.num_minibatches}")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
         packages = {package.name for package in importlib.metadata.distributions()}
         self.check("track", not self.track or "wandb" in packages, "needs wandb: pip install wandb")
@@ -180,6 +178,7 @@ class Games:
 # B rows, A actions. The latent z = φ(s) is V = 32 variables of C = 32 classes each: (B, V, C), one-hot.
 
 NUM_VARIABLES, NUM_CLASSES = 32, 32
+MODEL, BEHAVIOUR = ("encoder", "world_model"), ("actor", "critic")  # parts of the agent: what real data trains, and not
 
 
 def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
@@ -201,10 +200,7 @@ def lecun_mlp(*sizes: int) -> nn.Sequential:
 
 
 def one_hot_sample(logits: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-    """One-hot argmax of logits + noise (B, V, C): with Gumbel noise a sample of p, without it the likeliest classes.
-
-    Its gradient is that of p ("straight-through"); its value is one-hot to the last bit.
-    """
+    """One-hot argmax of logits + noise (B, V, C), exact. Its gradient is the probabilities': straight-through."""
     p = logits.softmax(-1)
     return F.one_hot((logits + noise).argmax(-1), logits.shape[-1]) + (p - p.detach())
 
@@ -254,10 +250,7 @@ class Agent(nn.Module):
         return one_hot_sample(self.latent(x.flatten(1)).float().unflatten(1, (NUM_VARIABLES, NUM_CLASSES)))
 
     def transition_model(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """A straight-through sample z̄' of P̄(·|z, a), (B, V, C) as z and the Gumbel noise are, for actions (B,).
-
-        The variables are drawn each by itself. What it costs does not grow with A.
-        """
+        """A sample z̄' of P̄(·|z, a), each variable by itself; (B, V, C), as z and the Gumbel noise; actions (B,)."""
         tokens = embed(z, self.world_model["tokens"])  # (B, V, 128)
         action = self.world_model["actions"](actions).to(tokens.dtype)[:, None].expand_as(tokens)
         logits = self.world_model["transition"](torch.cat((tokens, action), dim=-1).flatten(1))
@@ -285,15 +278,15 @@ class Agent(nn.Module):
 
 
 # ==== 4. Equations ====================================================================================================
-# T steps, N environments, M rows of a minibatch, A actions, H imagined steps, B starts of imagination. A row is a
-# transition (s, a, r, s'). Where s is already the last of an episode the row is an auto-reset dummy, not a transition:
-# its mask is 0 and it counts nowhere, nor does what is imagined from it.
+# T steps, N environments, M rows of a minibatch, A actions; H imagined steps, B starts. A row is a transition (s, a, r,
+# s'). Where s is already the last of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it
+# counts nowhere, nor does what is imagined from it.
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch. All of a rollout have (T, N) in place of (M,), all imagined ones (H, B)."""
+    """The M transitions of a minibatch, chunk after chunk. A whole rollout has (T, N) for (M,), dreams (H, B)."""
 
-    obs: Tensor  # (chunks, L + 1, 84, 84, 4) frames, a chunk's last one being s' only; imagined: z (M, V, C)
+    obs: Tensor  # (M / L, L + 1, 84, 84, 4) the frames s, and the last s'; imagined: z (M, V, C)
     actions: Tensor  # (M,) int64
     rewards: Tensor  # (M,) clipped; imagined: R̄'s
     old_log_probs: Tensor  # (M, A) ln π_old of every action
@@ -344,6 +337,12 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
 
+def latents(agent: Agent, batch: Transitions) -> tuple[Tensor, Tensor]:
+    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each frame is encoded once."""
+    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (B, L + 1, ...)
+    return z[:, : len(batch.actions) // len(z)].flatten(0, 1), z[:, 1:].flatten(0, 1)
+
+
 def gumbel(*shape: int) -> Tensor:
     """Standard Gumbel noise: argmax(ln p + noise) is distributed as p."""
     return -torch.empty(shape).exponential_().log()
@@ -362,8 +361,7 @@ def done_loss(log_odds: Tensor, is_terminal: Tensor) -> Tensor:
 def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): the share of the variables whose class is wrong, per transition: (M,).
 
-    Smooth-L1 (½ for the class missed, ½ for the one taken), summed over classes, mean over variables. Its gradient goes
-    into P̄, z and z', by way of the probabilities of all three.
+    Smooth-L1: ½ for the class missed, ½ for the one taken. Its gradient goes into P̄, z and z', by their probabilities.
     """
     return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").sum(-1).mean(-1)
 
@@ -400,11 +398,9 @@ def compute_loss(
 def model_loss(agent: Agent, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of φ and the world model on real data, and what of it is logged. noise (M, V, C): Gumbel, for z̄'.
 
-    To it actor and critic are constants; neither z nor z' is detached. The clip ends the pull of the advantage on φ.
-    That of the losses goes on, with weight clip(r).
+    To it actor and critic are constants. The clip ends the pull of A on φ; that of the losses goes on, times clip(r).
     """
-    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (chunks, L + 1, V, C)
-    z, next_z = z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1)  # (M, V, C)
+    z, next_z = latents(agent, batch)  # (M, V, C)
     l_done = done_loss(agent.done_model(next_z), batch.next_is_terminal)
     l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards) + l_done  # (M,)
     l_p = transition_loss(agent.transition_model(z, batch.actions, noise), next_z)  # (M,)
@@ -433,16 +429,15 @@ def imagine(
         is_done.append(agent.done_model(next_z) + of_done > 0)  # with the probability that z̄' is terminal
         steps.append((z, actions, agent.reward_model(z, actions), log_probs, values))
         z = torch.where(is_done[-1][:, None, None], z, next_z)
-    latents, actions, rewards, log_probs, values = map(torch.stack, zip(*steps, strict=True))
+    zs, actions, rewards, log_probs, values = map(torch.stack, zip(*steps, strict=True))
     values, is_done = torch.cat((values, agent.policy_and_value(z)[1][None])), torch.stack(is_done)  # (H + 1, B)
     targets = compute_gae(rewards, values, is_done, is_done, args.gamma, args.gae_lambda)
-    return Transitions(latents, actions, rewards, log_probs, *targets, is_done[1:].float(), mask.expand_as(rewards))
+    return Transitions(zs, actions, rewards, log_probs, *targets, is_done[1:].float(), mask.expand_as(rewards))
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
     """Adam over all parts of the agent: a group for each, which knows its name and its first learning rate."""
-    rates = dict.fromkeys(("encoder", "world_model"), args.learning_rate)
-    rates |= dict.fromkeys(("actor", "critic"), args.behaviour_learning_rate)
+    rates = dict.fromkeys(MODEL, args.learning_rate) | dict.fromkeys(BEHAVIOUR, args.behaviour_learning_rate)
     groups = [{"params": part, "name": n, "lr": rates[n], "first_lr": rates[n]} for n, part in agent.parts().items()]
     return torch.optim.Adam(groups, eps=1e-5, fused=True)
 
@@ -450,17 +445,13 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
 def optimizer_step(
     optimizer: torch.optim.Adam, loss: Tensor, names: tuple[str, ...], max_grad_norm: float
 ) -> dict[str, Tensor]:
-    """Move the parts of these names, and nothing else, by gradients at current weights; the norms are logged.
-
-    Each part's is clipped by its own norm: summed in float64, as float32 loses digits over millions of weights. What
-    has no gradient, Adam leaves alone, its moments too.
-    """
+    """Move these parts, and only them, by the gradient at current weights, each clipped by its own norm; the norms."""
     parts = {group["name"]: group["params"] for group in optimizer.param_groups if group["name"] in names}
     optimizer.zero_grad()
     loss.backward(inputs=[parameter for part in parts.values() for parameter in part])
     norms = {}
     for name, part in parts.items():
-        squares = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).square() for parameter in part]
+        squares = [torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() for p in part]  # float32 loses digits
         norms[f"losses/grad_norm_{name}"] = norm = torch.stack(squares).sum().sqrt().float()
         torch._foreach_mul_([parameter.grad for parameter in part], (max_grad_norm / norm).clamp(max=1))
     optimizer.step()
@@ -474,42 +465,40 @@ def reward_sum(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
 
 
 def planning_stats(
-    agent: Agent, dreams: Transitions, starts: Tensor, rewards: Tensor, is_terminal: Tensor, is_last: Tensor, args: Args
+    agent: Agent, dreams: Transitions, starts: Tensor, rewards: Tensor, ends: Tensor, is_last: Tensor, gamma: float
 ) -> dict[str, Tensor]:
-    """How far the actor moved on imagined states, and how true these are.
+    """How true the dreams from a rollout's rows `starts` (B,) are, and how far the actor moved on them.
 
-    The planning theorem wants π̄ within N^{1/γ} of what it was: the largest ratio; the mean over states of each one's
-    largest; the share of states inside. Then ends per step, imagined and real; and rewards over min(T, H) steps, without
-    any value function, from those starts (B,) of imagination that are first in the rollout.
+    Ends per step; rewards over min(T, H) steps, no value added, from starts that are first in the rollout. The theorem
+    wants π̄ in N^{1/γ}(π̄_b): the largest ratio, the mean over states of the state's largest, the share of states inside.
     """
-    (T, N), n = rewards.shape, min(len(rewards), args.horizon)
+    (T, N), n = rewards.shape, min(len(rewards), len(dreams.rewards))
     log_ratios = agent.policy_and_value(dreams.obs.flatten(0, 1))[0] - dreams.old_log_probs.flatten(0, 1)
-    dreams, log_ratios = Transitions(*(x.cpu() for x in dreams)), log_ratios.cpu()
-    ratios = torch.where(dreams.mask.flatten()[:, None] > 0, log_ratios.exp(), 1.0)
-    is_inside = ((ratios <= 1 / args.gamma) & (ratios >= 2 - 1 / args.gamma)).all(-1).float()
-    dreamt = reward_sum(dreams.rewards[:n], dreams.next_is_terminal[:n], args.gamma)  # (B,)
-    happened = reward_sum(rewards[:n], is_last[1 : n + 1].float(), args.gamma)[starts % N]
-    mask = dreams.mask[0] * (starts < N)
+    dreams, log_ratios = Transitions(*(x.cpu() for x in dreams)), log_ratios.cpu().view_as(dreams.old_log_probs)
+    ratios = torch.where(dreams.mask[..., None] > 0, log_ratios.exp(), 1.0)
+    is_inside = ((ratios <= 1 / gamma) & (ratios >= 2 - 1 / gamma)).all(-1)
+    dreamt = reward_sum(dreams.rewards[:n], dreams.next_is_terminal[:n], gamma)  # (B,)
+    happened = reward_sum(rewards[:n], is_last[1 : n + 1].float(), gamma)[starts % N]
+    is_first = dreams.mask[0] * (starts < N)
     return {
-        "spi/planning_ratio_max": ratios.max(),
-        "spi/planning_ratio_mean": masked_mean(ratios.amax(-1), dreams.mask.flatten()),
-        "spi/planning_inside": masked_mean(is_inside, dreams.mask.flatten()),
         "imagination/done_rate": masked_mean(dreams.next_is_terminal, dreams.mask),
-        "imagination/real_done_rate": masked_mean(is_terminal[1:].float(), (~is_last[:T]).float()),
-        "imagination/reward_sum": masked_mean(dreamt, mask),
-        "imagination/real_reward_sum": masked_mean(happened, mask),
-        "imagination/reward_sum_error": masked_mean((dreamt - happened).abs(), mask),
+        "imagination/real_done_rate": masked_mean(ends, (~is_last[:T]).float()),
+        "imagination/reward_sum": masked_mean(dreamt, is_first),
+        "imagination/real_reward_sum": masked_mean(happened, is_first),
+        "imagination/reward_sum_error": masked_mean((dreamt - happened).abs(), is_first),
+        "spi/planning_ratio_max": ratios.max(),
+        "spi/planning_ratio_mean": masked_mean(ratios.amax(-1), dreams.mask),
+        "spi/planning_inside": masked_mean(is_inside.float(), dreams.mask),
     }
 
 
 def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) -> dict[str, Tensor]:
-    """Of a rollout's latents z (T + 1, N, V, C): the share of classes never taken; the entropy (nats) of a variable's
-    classes; and the share of the terminal states that the done model calls so, if there are any."""
-    usage = z[~is_last].mean(0)  # (V, C)
-    stats = {"dead_classes": (usage == 0).float().mean(), "latent_entropy": torch.special.entr(usage).sum(-1).mean()}
-    if is_terminal.any():
-        stats["done_accuracy_last"] = (agent.done_model(z[is_terminal]) > 0).float().mean()
-    return {f"world_model/{name}": value for name, value in stats.items()}
+    """Of latents z ((T + 1) N, V, C): dead classes, entropy (nats) of a variable, share of terminal states that show."""
+    usage, log_odds = z[~is_last.flatten()].mean(0), agent.done_model(z[is_terminal.flatten()])  # (V, C)
+    return {
+        "world_model/dead_classes": (usage == 0).float().mean(),
+        "world_model/latent_entropy": torch.special.entr(usage).sum(-1).mean(),
+    } | ({"world_model/done_accuracy_last": (log_odds > 0).float().mean()} if len(log_odds) else {})
 
 
 # ==== 5. Training =====================================================================================================
@@ -517,8 +506,8 @@ def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) 
 
 def train(args: Args) -> None:
     """Play a rollout; learn φ and the world model from it; learn to act in imagination; again and again."""
-    T, N, L, H = args.num_steps, args.num_envs, args.chunk_length, args.horizon
-    num_starts = args.imagination_starts or T * N  # B
+    T, N, L = args.num_steps, args.num_envs, args.chunk_length
+    H, B = args.horizon, args.imagination_starts or T * N
     run, num_iterations = Run(args), args.total_timesteps // (T * N)
     device, autocast = args.device, torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -566,9 +555,9 @@ def train(args: Args) -> None:
         for _ in range(args.update_epochs):
             model_stats = []
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
-                # A chunk is L steps of one environment. Its L + 1 frames are encoded once, as s and as the last s'.
+                # A chunk is L steps of one environment, and the frame after them.
                 t = chunks[:, None] // N * L + torch.arange(L + 1)
-                frames = t * N + chunks[:, None] % N  # (chunks, L + 1), rows of the (T + 1) N frames
+                frames = t * N + chunks[:, None] % N  # (M / L, L + 1), rows of the (T + 1) N frames
                 if not mask.flatten()[frames[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
                 frames, steps = frames.to(device), frames[:, :L].flatten().to(device)
@@ -576,34 +565,30 @@ def train(args: Args) -> None:
                 noise = gumbel(len(steps), NUM_VARIABLES, NUM_CLASSES).to(device)
                 with autocast:
                     loss, stats = model_loss(agent, batch, noise, args)
-                stats |= optimizer_step(optimizer, loss, ("encoder", "world_model"), args.max_grad_norm)
-                model_stats.append(stats)
+                model_stats.append(stats | optimizer_step(optimizer, loss, MODEL, args.max_grad_norm))
 
         # ---- Imagination, from the new latents
-        starts = torch.randperm(T * N)[:num_starts]
-        is_real = mask.flatten()[starts]
-        noise = gumbel(H, num_starts, games.num_actions), gumbel(H, num_starts, NUM_VARIABLES, NUM_CLASSES)
-        noise = [x.to(device) for x in (*noise, torch.rand(H, num_starts).logit())]
+        starts = torch.randperm(T * N)[:B]
+        noise = gumbel(H, B, games.num_actions), gumbel(H, B, NUM_VARIABLES, NUM_CLASSES), torch.rand(H, B).logit()
         with torch.no_grad(), autocast:
             z = agent.encode(obs.flatten(0, 1))  # ((T + 1) N, V, C)
-            imagined = imagine(agent, z[starts.to(device)], is_real.to(device), *noise, args)
+            imagined = imagine(agent, *(x.to(device) for x in (z[starts], mask.flatten()[starts], *noise)), args)
 
         # ---- Update of actor and critic, on what is imagined
         for _ in range(args.imagination_epochs):
             behaviour_stats = []
-            for rows in torch.randperm(H * num_starts).chunk(H * args.num_minibatches):
-                if not is_real[rows % num_starts].any():
+            for rows in torch.randperm(H * B).chunk(H * args.num_minibatches):
+                if not mask.flatten()[starts[rows % B]].any():
                     continue
                 batch = Transitions(*(x.flatten(0, 1)[rows.to(device)] for x in imagined))
                 with autocast:
                     loss, stats = compute_loss(agent, batch, batch.obs, 0.0, args.imagination_clip_coef, args)
-                stats |= optimizer_step(optimizer, loss, ("actor", "critic"), args.max_grad_norm)
-                behaviour_stats.append(stats)
+                behaviour_stats.append(stats | optimizer_step(optimizer, loss, BEHAVIOUR, args.max_grad_norm))
 
         # ---- Logging, of the last epochs
         with torch.no_grad(), autocast:
-            stats = latent_stats(agent, z.unflatten(0, (T + 1, N)), is_terminal, is_last)
-            stats |= planning_stats(agent, imagined, starts, rewards, is_terminal, is_last, args)
+            stats = planning_stats(agent, imagined, starts, rewards, ends, is_last, args.gamma)
+            stats |= latent_stats(agent, z, is_terminal, is_last)
         metrics = {name: value.item() for name, value in stats.items()}
         for rows, prefix in ((behaviour_stats, "imagination"), (model_stats, "losses")):
             table = {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}

@@ -41,7 +41,6 @@ TABLES = {  # without `/kernel` and `/bias`, and not transposed
     "transition/Embed_0/embedding": "world_model.actions",
     "transition/embedding": "world_model.tokens",
 }
-MODEL, BEHAVIOUR = ("encoder", "world_model"), ("actor", "critic")
 
 
 class Inputs(NamedTuple):
@@ -307,7 +306,7 @@ class Check:
         agent.zero_grad()
         loss, stats = self.script.model_loss(agent, self.real, self.inputs.gumbel, self.args())
         parts = agent.parts()
-        loss.backward(inputs=[parameter for name in MODEL for parameter in parts[name]])
+        loss.backward(inputs=[parameter for name in self.script.MODEL for parameter in parts[name]])
         yield self.compare(f"{prefix}loss", loss)
         scalars = {
             "pg_loss": "losses/policy_loss",
@@ -346,7 +345,7 @@ class Check:
                         stats = loss.stats
                     else:
                         loss, stats = of_agent(agent)
-                    self.script.optimizer_step(optimizer, loss, MODEL, 0.05)
+                    self.script.optimizer_step(optimizer, loss, self.script.MODEL, 0.05)
                     rows.append([stats[name].item() for name in names])
                 metrics.append(np.mean(rows, axis=0))
         yield self.compare(f"{gradients}_step_metrics", np.stack(metrics))
@@ -387,7 +386,7 @@ class Check:
         agent.zero_grad()
         loss, stats = self.behaviour_loss_of(batch, agent)
         parts = agent.parts()
-        loss.backward(inputs=[parameter for name in BEHAVIOUR for parameter in parts[name]])
+        loss.backward(inputs=[parameter for name in self.script.BEHAVIOUR for parameter in parts[name]])
         yield self.compare(f"{prefix}ac_loss", loss)
         scalars = {"pg_loss": "policy_loss", "v_loss": "value_loss", "entropy": "entropy", "approx_kl": "approx_kl"}
         for name, ours in scalars.items():
@@ -410,7 +409,7 @@ class Check:
                 stats = loss.stats
             else:
                 loss, stats = of_agent(agent)
-            self.script.optimizer_step(optimizer, loss, BEHAVIOUR, args.max_grad_norm)
+            self.script.optimizer_step(optimizer, loss, self.script.BEHAVIOUR, args.max_grad_norm)
             names_of = ("policy_loss", "value_loss", "entropy", "approx_kl")
             rows.append([stats[f"losses/{name}"].item() for name in names_of])
         yield self.compare(f"{prefix}ac_{gradients}_metrics", np.mean(rows, axis=0))
