@@ -553,8 +553,9 @@ def train(args: Args) -> None:
                 frames = t * N + chunks[:, None] % N  # (B, L + 1), rows of the (T + 1) N observations
                 if not mask.flatten()[frames[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
-                frames, steps = frames.to(device), frames[:, :L].flatten().to(device)
-                batch = Transitions(obs.flatten(0, 1)[frames], *(x.flatten(0, 1)[steps] for x in of_steps))
+                steps, frames = frames[:, :L].flatten().to(device), frames.to(device)
+                chunk_obs = obs.flatten(0, 1).index_select(0, frames.flatten()).unflatten(0, frames.shape)
+                batch = Transitions(chunk_obs, *(x.flatten(0, 1)[steps] for x in of_steps))
                 with autocast:
                     loss, stats = compute_loss(agent, batch, args, noise)
                 optimizer.zero_grad()
