@@ -1,17 +1,23 @@
-"""DreamSPI on vector observations: planning in a world model that PPO's clip keeps honest (Delgrange et al., ICLR 2026).
+"""DreamSPI on vector observations: planning in a world model that the clip keeps close (Delgrange et al., ICLR 2026).
 
-    python dream_spi.py                                    # CartPole-v1
+    python dream_spi.py                                    # CartPole-v1, by an actor that sees no gradient of real data
     python dream_spi.py --env-id LunarLander-v3 --total-timesteps 1500000
 
-Diff me against `dream_spi_atari.py`, the same algorithm on pixels: that file has the symbols.
+    1. real data trains φ and the world model     U = A - α_R ℓ_R - α_P ℓ_P,  J = E[ min( r U, clip(r, 1 ± ε) U ) ]
+    2. imagination trains actor and critic        PPO on H steps in P̄, R̄ and the done model from each z = φ(s)
+
+    φ  encode             R̄  reward_model         ℓ_R  reward_loss + done_loss    α_R  reward_loss_coef
+    z  V x C classes      P̄  transition_model     ℓ_P  transition_loss            α_P  transition_loss_coef
+
+Diff me against `dream_spi_atari.py`: the same on pixels, with the published weights of the losses. Here ends are rare
+and must be known, so these are far larger. One set of defaults, for any EnvPool environment with discrete actions that
+observes an array of floats or an integer.
 """
 
-import ctypes
 import difflib
 import fcntl
 import importlib.metadata
 import io
-import itertools
 import json
 import os
 import signal
@@ -38,12 +44,14 @@ from tqdm import tqdm
 
 # ==== 1. Arguments ====================================================================================================
 
+MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
+
 
 @dataclass
 class Args:
     # ---- Experiment
     seed: int = 1  # seed of the environments, the networks and every random draw
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks live
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
     run_dir: str = ""  # the run's folder; a run stopped there goes on (default: runs/<env>__<script>__<seed>__<time>)
     checkpoint_interval: int = 100  # iterations from one checkpoint to the next
@@ -51,15 +59,15 @@ class Args:
 
     # ---- Environment
     env_id: str = "CartPole-v1"  # EnvPool id of an environment with discrete actions and no pixels
-    total_timesteps: int = 500_000  # environment steps in all, rounded down to whole rollouts
+    total_timesteps: int = 400_000  # environment steps in all, rounded down to whole rollouts
     num_envs: int = 64  # N, parallel environments
     num_steps: int = 32  # T, steps of each environment per iteration
-    sticky: float = 0.0  # probability that the last action is repeated, not the one chosen: makes the task stochastic
+    sticky: float = 0.0  # probability that the last action is repeated instead of the one chosen: a stochastic task
 
     # ---- Both updates
     gamma: float = 0.99  # γ, discount factor; the planning theorem's neighbourhood is N^{1/γ}
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
-    ent_coef: float = 0.01  # weight of the entropy bonus
+    ent_coef: float = 0.001  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient, of each part by itself
 
@@ -69,7 +77,7 @@ class Args:
     update_epochs: int = 4  # passes over the rollout per iteration
     chunk_length: int = 8  # L, consecutive steps of one environment sampled together (1: single steps, as published)
     clip_coef: float = 0.1  # ε of the clip that holds φ in the neighbourhood
-    reward_loss_coef: float = 1.0  # α_R, weight of the reward loss, the done loss included
+    reward_loss_coef: float = 10.0  # α_R, weight of the reward loss, the done loss included
     transition_loss_coef: float = 1.0  # α_P, weight of the transition loss
 
     # ---- Imagination: actor and critic
@@ -81,6 +89,30 @@ class Args:
 
     def __post_init__(self):
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
+        for name in (field.name for field in fields(self) if field.type in (int, float)):
+            least = 0 if name in ("seed", "imagination_starts") or type(getattr(self, name)) is float else 1
+            self.check(name, least <= getattr(self, name) < np.inf, f"must be finite and at least {least}")
+        for name in ("sticky", "gamma", "gae_lambda"):
+            self.check(name, getattr(self, name) <= 1, "must lie in [0, 1]")
+        for name in ("learning_rate", "behaviour_learning_rate", "gamma", "max_grad_norm"):
+            self.check(name, getattr(self, name) > 0, "must be positive")
+        self.check("seed", self.seed < 2**63, "must be below 2^63")
+        for name in ("clip_coef", "imagination_clip_coef"):
+            self.check(name, 0 < getattr(self, name) < 1, "must lie in (0, 1), so that 1 < C < 2")
+        rollout, chunks = self.num_envs * self.num_steps, self.num_envs * self.num_steps // self.chunk_length
+        self.check("total_timesteps", self.total_timesteps >= rollout, f"must be at least one rollout, {rollout}")
+        self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
+        self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
+        whole = self.imagination_starts <= rollout and self.imagination_starts % self.num_minibatches == 0
+        self.check("imagination_starts", whole, f"must be at most {rollout}, a multiple of {self.num_minibatches}")
+        self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
+        packages = {package.name for package in importlib.metadata.distributions()}
+        self.check("track", not self.track or "wandb" in packages, "needs wandb: pip install wandb")
+        known = envpool.list_all_envs()
+        closest = ", ".join(difflib.get_close_matches(self.env_id, known, cutoff=0.3))
+        self.check("env_id", self.env_id in known, f"no such environment of EnvPool; closest: {closest or 'none'}")
+        problem = what_is_wrong(self.env_id)
+        self.check("env_id", not problem, problem)
 
     def check(self, name: str, allowed: object, rule: str) -> None:
         """Exit with one line on stderr unless the field is allowed."""
@@ -92,31 +124,70 @@ class Args:
 # ==== 2. Environment ==================================================================================================
 
 
+def what_is_wrong(env_id: str) -> str:
+    """Why an EnvPool environment is not for this script, or nothing. It is looked at, and a small one made."""
+    warnings.filterwarnings("ignore", ".*precision lowered by casting")  # EnvPool's own spaces set it off
+    try:
+        spec = envpool.make_spec(env_id)
+    except ImportError as error:  # Procgen needs system libraries
+        return str(error)
+    actions, observations = spec.action_space, spec.observation_space
+    if not isinstance(actions, gym.spaces.Discrete):
+        return f"actions must be discrete, not {type(actions).__name__}"
+    is_array = isinstance(observations, gym.spaces.Box) and np.issubdtype(observations.dtype, np.floating)
+    if not is_array and not isinstance(observations, gym.spaces.Discrete):
+        return "observations must be an integer or an array of floats; for Atari frames see dream_spi_atari.py"
+    first, _ = envpool.make(env_id, env_type="gymnasium", num_envs=1).reset()
+    return "" if len(first) == 1 else f"must have one player, not {len(first)}"
+
+
 class Games:
-    """prototype"""
+    """N parallel environments, and the return and length of the episode that each is in."""
 
     def __init__(self, args: Args, start: int = 0):
+        # EnvPool's own seeds are seed + i: neighbouring seeds would share games. A run that goes on plays new ones.
         stream = np.random.SeedSequence(args.seed, spawn_key=(start,) if start else ())
-        self.envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=args.num_envs, num_threads=1,
-            env_seed=(stream.generate_state(args.num_envs) >> 1).tolist())
+        self.envs = envpool.make(
+            args.env_id,
+            env_type="gymnasium",
+            num_envs=args.num_envs,
+            num_threads=min(args.num_envs, torch.get_num_threads()),  # EnvPool and torch take turns
+            env_seed=(stream.generate_state(args.num_envs) >> 1).tolist(),  # signed 32 bits
+        )
+        space = self.envs.observation_space
+        self.num_inputs = int(space.n) if isinstance(space, gym.spaces.Discrete) else int(np.prod(space.shape))
         self.num_actions = int(self.envs.action_space.n)
-        self.num_inputs = int(np.prod(self.envs.observation_space.shape))
-        self.is_last = np.zeros(args.num_envs, dtype=bool)
+        self.sticky, self.rng = args.sticky, np.random.default_rng(stream.spawn(1)[0])
+        self.executed = np.zeros(args.num_envs, dtype=np.int32)
+        # The first step is as if after a dummy.
+        self.is_dummy, self.is_last = np.ones(args.num_envs, dtype=bool), np.zeros(args.num_envs, dtype=bool)
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
 
-    def reset(self) -> Tensor:
-        return torch.from_numpy(self.envs.reset()[0].astype(np.float32))
+    def vectorize(self, obs: np.ndarray) -> Tensor:
+        """Observations as float32 vectors (N, O): integers (N,) one-hot, arrays of floats flattened."""
+        if np.issubdtype(obs.dtype, np.integer):
+            obs = obs[:, None] == np.arange(self.num_inputs)
+        return torch.from_numpy(obs.reshape(len(obs), self.num_inputs).astype(np.float32))
 
-    def step(self, actions: Tensor):
-        obs, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
+    def reset(self) -> Tensor:
+        """First observations (N, O)."""
+        return self.vectorize(self.envs.reset()[0])
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[int, tuple[float, int]]]:
+        """s', reward, is_terminal, is_last, (N, ...) each; and the episodes that ended: environment -> return, length.
+
+        s' is the true next observation even at an end, where the next step only resets: a dummy row, of reward 0.
+        """
+        repeat = (self.rng.random(len(actions)) < self.sticky) & ~self.is_dummy  # never in an episode's first step
+        self.executed = np.where(repeat, self.executed, actions.numpy()).astype(np.int32)
+        obs, rewards, terminated, truncated, _ = self.envs.step(self.executed)
+        self.is_dummy, self.is_last = self.is_last, terminated | truncated
         self.returns += rewards
-        self.lengths += ~self.is_last
-        self.is_last = terminated | truncated
-        over = self.is_last
-        episodes = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(over)}
-        self.returns[over], self.lengths[over] = 0, 0
-        obs, *others = map(torch.from_numpy, (obs.astype(np.float32), rewards, terminated, self.is_last))
-        return obs, *others, episodes
+        self.lengths += ~self.is_dummy
+        ended = np.flatnonzero(self.is_last)
+        episodes = {int(i): (float(self.returns[i]), int(self.lengths[i])) for i in ended}
+        self.returns[ended], self.lengths[ended] = 0, 0
+        return self.vectorize(obs), *map(torch.from_numpy, (rewards, terminated, self.is_last)), episodes
 
 
 class RewardScaler(nn.Module):
@@ -129,9 +200,10 @@ class RewardScaler(nn.Module):
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
         self.gamma, self.discounted = gamma, torch.zeros(num_envs)
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, G, G² over all real rows so far
 
     def scale(self, rewards: Tensor, is_last: Tensor) -> Tensor:
+        """Scaled rewards (T, N) of raw ones (T, N), where is_last (T+1, N) says that obs[t] is an episode's last."""
         for t in range(len(rewards)):
             self.discounted = self.gamma * self.discounted * ~is_last[t] + rewards[t]  # dummies start from 0 again
             g, real = self.discounted.double(), (~is_last[t]).double()
@@ -142,10 +214,10 @@ class RewardScaler(nn.Module):
 
 
 # ==== 3. Networks =====================================================================================================
-# B rows, O inputs, A actions. The latent z = φ(s) is V variables of C classes each: (B, V, C), one-hot.
+# B rows, O inputs, A actions. The latent z = φ(s) is V = 8 variables of C = 8 classes each: (B, V, C), one-hot.
 
 NUM_VARIABLES, NUM_CLASSES = 8, 8
-TOKEN, HIDDEN = 16, 128
+MODEL, BEHAVIOUR = ("encoder", "world_model"), ("actor", "critic")  # parts of the agent: what real data trains, and not
 
 
 def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
@@ -158,25 +230,22 @@ def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
 def lecun_mlp(*sizes: int) -> nn.Sequential:
     """Linear layers, ReLU between them. Weights are normal of variance 1/inputs, their tails cut, and made up for."""
     layers = []
-    for num_inputs, num_outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
-        std = (1 / num_inputs) ** 0.5 / 0.87962566
+    for i, num_inputs in enumerate(sizes[:-1]):
+        layers += [nn.Linear(num_inputs, sizes[i + 1]), nn.ReLU()]
+        std = num_inputs**-0.5 / 0.87962566
         nn.init.trunc_normal_(layers[-2].weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(layers[-2].bias)
     return nn.Sequential(*layers[:-1])
 
 
 def one_hot_sample(logits: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-    """One-hot argmax of logits + noise (B, V, C): with Gumbel noise a sample of p, without it the likeliest classes.
-
-    Its gradient is that of p ("straight-through"); its value is one-hot to the last bit.
-    """
+    """One-hot argmax of logits + noise (B, V, C), exact. Its gradient is the probabilities': straight-through."""
     p = logits.softmax(-1)
     return F.one_hot((logits + noise).argmax(-1), logits.shape[-1]) + (p - p.detach())
 
 
 def embed(z: Tensor, table: nn.Embedding) -> Tensor:
-    """A token for each variable, (B, V, 128): Σ_c z[v,c] E[v,c], a lookup through which gradient reaches z."""
+    """A token for each variable, (B, V, size): Σ_c z[v,c] E[v,c], a lookup through which gradient reaches z."""
     return torch.einsum("bvc,vcd->bvd", z, table.weight.unflatten(0, z.shape[1:]))
 
 
@@ -186,21 +255,20 @@ class Agent(nn.Module):
     def __init__(self, num_inputs: int, num_actions: int):
         super().__init__()
         size = NUM_VARIABLES * NUM_CLASSES
-        self.encoder = nn.Sequential(
-            layer_init(nn.Linear(num_inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()
-        )
+        layers = layer_init(nn.Linear(num_inputs, 64)), layer_init(nn.Linear(64, 64))
+        self.encoder = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh())
         self.latent = lecun_mlp(64, size)
         self.world_model = nn.ModuleDict(
             {
-                "tokens": nn.Embedding(size, TOKEN),  # P̄'s table of the classes of each variable
-                "actions": nn.Embedding(num_actions, TOKEN),
-                "transition": lecun_mlp(NUM_VARIABLES * (TOKEN + TOKEN), HIDDEN, size),
-                "reward_tokens": nn.Embedding(size, TOKEN),
-                "reward": lecun_mlp(NUM_VARIABLES * TOKEN, HIDDEN, num_actions),
-                "done": lecun_mlp(size, HIDDEN, 1),
+                "tokens": nn.Embedding(size, 16),  # P̄'s table of the classes of each variable
+                "actions": nn.Embedding(num_actions, 16),
+                "transition": lecun_mlp(NUM_VARIABLES * (16 + 16), 128, size),
+                "reward_tokens": nn.Embedding(size, 16),
+                "reward": lecun_mlp(NUM_VARIABLES * 16, 128, num_actions),
+                "done": lecun_mlp(size, 128, 1),
             }
         )
-        nn.init.normal_(self.world_model["actions"].weight, std=(1 / TOKEN) ** 0.5)
+        nn.init.normal_(self.world_model["actions"].weight, std=16**-0.5)
         self.actor, self.critic = (
             nn.Sequential(layer_init(nn.Linear(size, 64)), nn.ReLU(), layer_init(nn.Linear(64, num_outputs), std))
             for num_outputs, std in ((num_actions, 0.01), (1, 1.0))
@@ -211,11 +279,8 @@ class Agent(nn.Module):
         return one_hot_sample(self.latent(self.encoder(obs)).float().unflatten(1, (NUM_VARIABLES, NUM_CLASSES)))
 
     def transition_model(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """A straight-through sample z̄' of P̄(·|z, a), (B, V, C) as z and the Gumbel noise are, for actions (B,).
-
-        The variables are drawn each by itself. What it costs does not grow with A.
-        """
-        tokens = embed(z, self.world_model["tokens"])  # (B, V, 128)
+        """A sample z̄' of P̄(·|z, a), each variable by itself; (B, V, C), as z and the Gumbel noise; actions (B,)."""
+        tokens = embed(z, self.world_model["tokens"])  # (B, V, 16)
         action = self.world_model["actions"](actions).to(tokens.dtype)[:, None].expand_as(tokens)
         logits = self.world_model["transition"](torch.cat((tokens, action), dim=-1).flatten(1))
         return one_hot_sample(logits.float().view(z.shape), noise)
@@ -242,15 +307,15 @@ class Agent(nn.Module):
 
 
 # ==== 4. Equations ====================================================================================================
-# T steps, N environments, M rows of a minibatch, A actions, H imagined steps, B starts of imagination. A row is a
-# transition (s, a, r, s'). Where s is already the last of an episode the row is an auto-reset dummy, not a transition:
-# its mask is 0 and it counts nowhere, nor does what is imagined from it.
+# T steps, N environments, M rows of a minibatch, A actions; H imagined steps, B starts. A row is a transition (s, a, r,
+# s'). Where s is already the last of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it
+# counts nowhere, nor does what is imagined from it.
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch. All of a rollout have (T, N) in place of (M,), all imagined ones (H, B)."""
+    """The M transitions of a minibatch, chunk after chunk. A whole rollout has (T, N) for (M,), dreams (H, B)."""
 
-    obs: Tensor  # (chunks, L + 1, O), a chunk's last one being s' only; imagined: z (M, V, C)
+    obs: Tensor  # (M / L, L + 1, O) the observations s, and the last s'; imagined: z (M, V, C)
     actions: Tensor  # (M,) int64
     rewards: Tensor  # (M,) scaled; imagined: R̄'s
     old_log_probs: Tensor  # (M, A) ln π_old of every action
@@ -319,8 +384,7 @@ def done_loss(log_odds: Tensor, is_terminal: Tensor) -> Tensor:
 def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): the share of the variables whose class is wrong, per transition: (M,).
 
-    Smooth-L1 (½ for the class missed, ½ for the one taken), summed over classes, mean over variables. Its gradient goes
-    into P̄, z and z', by way of the probabilities of all three.
+    Smooth-L1: ½ for the class missed, ½ for the one taken. Its gradient goes into P̄, z and z', by their probabilities.
     """
     return F.smooth_l1_loss(predicted_next_z, next_z, reduction="none").sum(-1).mean(-1)
 
@@ -355,12 +419,8 @@ def compute_loss(
 
 
 def model_loss(agent: Agent, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of φ and the world model on real data, and what of it is logged. noise (M, V, C): Gumbel, for z̄'.
-
-    To it actor and critic are constants; neither z nor z' is detached. The clip ends the pull of the advantage on φ.
-    That of the losses goes on, with weight clip(r).
-    """
-    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (chunks, L + 1, V, C)
+    """The loss of φ and the world model on real data, and what of it is logged. noise (M, V, C): Gumbel, for z̄'."""
+    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (M / L, L + 1, V, C)
     z, next_z = z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1)  # (M, V, C)
     l_done = done_loss(agent.done_model(next_z), batch.next_is_terminal)
     l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards) + l_done  # (M,)
@@ -390,16 +450,15 @@ def imagine(
         is_done.append(agent.done_model(next_z) + of_done > 0)  # with the probability that z̄' is terminal
         steps.append((z, actions, agent.reward_model(z, actions), log_probs, values))
         z = torch.where(is_done[-1][:, None, None], z, next_z)
-    latents, actions, rewards, log_probs, values = map(torch.stack, zip(*steps, strict=True))
+    zs, actions, rewards, log_probs, values = map(torch.stack, zip(*steps, strict=True))
     values, is_done = torch.cat((values, agent.policy_and_value(z)[1][None])), torch.stack(is_done)  # (H + 1, B)
     targets = compute_gae(rewards, values, is_done, is_done, args.gamma, args.gae_lambda)
-    return Transitions(latents, actions, rewards, log_probs, *targets, is_done[1:].float(), mask.expand_as(rewards))
+    return Transitions(zs, actions, rewards, log_probs, *targets, is_done[1:].float(), mask.expand_as(rewards))
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
     """Adam over all parts of the agent: a group for each, which knows its name and its first learning rate."""
-    rates = dict.fromkeys(("encoder", "world_model"), args.learning_rate)
-    rates |= dict.fromkeys(("actor", "critic"), args.behaviour_learning_rate)
+    rates = dict.fromkeys(MODEL, args.learning_rate) | dict.fromkeys(BEHAVIOUR, args.behaviour_learning_rate)
     groups = [{"params": part, "name": n, "lr": rates[n], "first_lr": rates[n]} for n, part in agent.parts().items()]
     return torch.optim.Adam(groups, eps=1e-5, fused=True)
 
@@ -407,66 +466,50 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
 def optimizer_step(
     optimizer: torch.optim.Adam, loss: Tensor, names: tuple[str, ...], max_grad_norm: float
 ) -> dict[str, Tensor]:
-    """Move the parts of these names, and nothing else, by gradients at current weights; the norms are logged.
-
-    Each part's is clipped by its own norm: summed in float64, as float32 loses digits over millions of weights. What
-    has no gradient, Adam leaves alone, its moments too.
-    """
+    """Move these parts, and only them, by the gradient at current weights, each clipped by its own norm; the norms."""
     parts = {group["name"]: group["params"] for group in optimizer.param_groups if group["name"] in names}
     optimizer.zero_grad()
     loss.backward(inputs=[parameter for part in parts.values() for parameter in part])
     norms = {}
     for name, part in parts.items():
-        squares = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).square() for parameter in part]
+        squares = [torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() for p in part]  # float32 loses digits
         norms[f"losses/grad_norm_{name}"] = norm = torch.stack(squares).sum().sqrt().float()
         torch._foreach_mul_([parameter.grad for parameter in part], (max_grad_norm / norm).clamp(max=1))
     optimizer.step()
     return norms
 
 
-def reward_sum(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
-    """Discounted sum (B,) of rewards (H, B) up to the first end, where ends (H, B) is 1 if that step was the last."""
-    is_alive = torch.cat((torch.ones_like(ends[:1]), (1 - ends[:-1]).cumprod(0)))
-    return (rewards * is_alive * gamma ** torch.arange(len(rewards))[:, None]).sum(0)
-
-
 def planning_stats(
-    agent: Agent, dreams: Transitions, starts: Tensor, rewards: Tensor, is_terminal: Tensor, is_last: Tensor, args: Args
+    agent: Agent, dreams: Transitions, real_returns: Tensor, real_ends: Tensor, real_mask: Tensor, gamma: float
 ) -> dict[str, Tensor]:
-    """How far the actor moved on imagined states, and how true these are.
+    """How true the dreams are, and how far the actor moved on them.
 
-    The planning theorem wants π̄ within N^{1/γ} of what it was: the largest ratio; the mean over states of each one's
-    largest; the share of states inside. Then ends per step, imagined and real; and rewards over min(T, H) steps, without
-    any value function, from those starts (B,) of imagination that are first in the rollout.
+    Ends per step, beside real_ends (T, N); λ-returns, beside real_returns (B,) of the same starts. The theorem wants
+    π̄ in N^{1/γ}(π̄_b): the largest ratio, the mean over states of each one's largest, the share of states inside.
     """
-    (T, N), n = rewards.shape, min(len(rewards), args.horizon)
-    log_ratios = agent.policy_and_value(dreams.obs.flatten(0, 1))[0] - dreams.old_log_probs.flatten(0, 1)
-    dreams, log_ratios = Transitions(*(x.cpu() for x in dreams)), log_ratios.cpu()
-    ratios = torch.where(dreams.mask.flatten()[:, None] > 0, log_ratios.exp(), 1.0)
-    is_inside = ((ratios <= 1 / args.gamma) & (ratios >= 2 - 1 / args.gamma)).all(-1).float()
-    dreamt = reward_sum(dreams.rewards[:n], dreams.next_is_terminal[:n], args.gamma)  # (B,)
-    happened = reward_sum(rewards[:n], is_last[1 : n + 1].float(), args.gamma)[starts % N]
-    mask = dreams.mask[0] * (starts < N)
+    log_probs = agent.policy_and_value(dreams.obs.flatten(0, 1))[0].view_as(dreams.old_log_probs)
+    ratios = torch.where(dreams.mask[..., None] > 0, (log_probs - dreams.old_log_probs).exp(), 1.0)
+    is_inside = ((ratios <= 1 / gamma) & (ratios >= 2 - 1 / gamma)).all(-1)
+    returns, is_real = dreams.returns[0], dreams.mask[0]
     return {
-        "spi/planning_ratio_max": ratios.max(),
-        "spi/planning_ratio_mean": masked_mean(ratios.amax(-1), dreams.mask.flatten()),
-        "spi/planning_inside": masked_mean(is_inside, dreams.mask.flatten()),
         "imagination/done_rate": masked_mean(dreams.next_is_terminal, dreams.mask),
-        "imagination/real_done_rate": masked_mean(is_terminal[1:].float(), (~is_last[:T]).float()),
-        "imagination/reward_sum": masked_mean(dreamt, mask),
-        "imagination/real_reward_sum": masked_mean(happened, mask),
-        "imagination/reward_sum_error": masked_mean((dreamt - happened).abs(), mask),
+        "imagination/real_done_rate": masked_mean(real_ends, real_mask),
+        "imagination/return": masked_mean(returns, is_real),
+        "imagination/real_return": masked_mean(real_returns, is_real),
+        "imagination/return_error": masked_mean((returns - real_returns).abs(), is_real),
+        "spi/planning_ratio_max": ratios.max(),
+        "spi/planning_ratio_mean": masked_mean(ratios.amax(-1), dreams.mask),
+        "spi/planning_inside": masked_mean(is_inside.float(), dreams.mask),
     }
 
 
 def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) -> dict[str, Tensor]:
-    """Of a rollout's latents z (T + 1, N, V, C): the share of classes never taken; the entropy (nats) of a variable's
-    classes; and the share of the terminal states that the done model calls so, if there are any."""
-    usage = z[~is_last].mean(0)  # (V, C)
-    stats = {"dead_classes": (usage == 0).float().mean(), "latent_entropy": torch.special.entr(usage).sum(-1).mean()}
-    if is_terminal.any():
-        stats["done_accuracy_last"] = (agent.done_model(z[is_terminal]) > 0).float().mean()
-    return {f"world_model/{name}": value for name, value in stats.items()}
+    """Of latents z ((T + 1) N, V, C): dead classes, entropy (nats) of a variable, share of terminal states told."""
+    usage, log_odds = z[~is_last.flatten()].mean(0), agent.done_model(z[is_terminal.flatten()])  # (V, C)
+    return {
+        "world_model/dead_classes": (usage == 0).float().mean(),
+        "world_model/latent_entropy": torch.special.entr(usage).sum(-1).mean(),
+    } | ({"world_model/done_accuracy_last": (log_odds > 0).float().mean()} if len(log_odds) else {})
 
 
 # ==== 5. Training =====================================================================================================
@@ -474,8 +517,9 @@ def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) 
 
 def train(args: Args) -> None:
     """Play a rollout; learn φ and the world model from it; learn to act in imagination; again and again."""
-    T, N, L, H = args.num_steps, args.num_envs, args.chunk_length, args.horizon
-    num_starts = args.imagination_starts or T * N  # B
+    T, N, L = args.num_steps, args.num_envs, args.chunk_length
+    torch.set_num_threads(1)  # layers this small gain nothing from a second, and wait for it where a core is busy
+    H, B, z_shape = args.horizon, args.imagination_starts or T * N, (NUM_VARIABLES, NUM_CLASSES)
     run, num_iterations = Run(args), args.total_timesteps // (T * N)
     device, autocast = args.device, torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -483,15 +527,15 @@ def train(args: Args) -> None:
     games = Games(args, run.iterations)
     agent = Agent(games.num_inputs, games.num_actions).to(device)
     optimizer = make_optimizer(agent, args)
-    learned = {"agent": agent, "optimizer": optimizer}
+    reward_scaler = RewardScaler(N, args.gamma)
+    learned = {"agent": agent, "optimizer": optimizer, "reward_scaler": reward_scaler}
     if run.state:
         torch.set_rng_state(run.state["rng"])
         for name, part in learned.items():
             part.load_state_dict(run.state[name])
 
-    # Frames and policies live on the device; the rest, like the games, on the CPU.
+    # Observations and policies live on the device; the rest, like the games, on the CPU.
     obs = torch.zeros((T + 1, N, games.num_inputs), device=device)
-    reward_scaler = RewardScaler(N, args.gamma)
     log_probs = torch.zeros((T, N, games.num_actions), device=device)
     values = torch.zeros((T + 1, N), device=device)
     actions = torch.zeros((T, N), dtype=torch.int64)
@@ -516,53 +560,49 @@ def train(args: Args) -> None:
         # ---- Advantages
         with torch.no_grad(), autocast:
             values[T] = agent.policy_and_value(agent.encode(obs[T]))[1]
-        rewards = reward_scaler.scale(rewards, is_last)
-        advantages, returns = compute_gae(rewards, values.cpu(), is_terminal, is_last, args.gamma, args.gae_lambda)
+        scaled = reward_scaler.scale(rewards, is_last)
+        advantages, returns = compute_gae(scaled, values.cpu(), is_terminal, is_last, args.gamma, args.gae_lambda)
         mask, ends = (~is_last[:T]).float(), is_terminal[1:].float()
-        of_steps = [x.to(device) for x in (actions, rewards, log_probs, advantages, returns, ends, mask)]
+        of_steps = [x.to(device) for x in (actions, scaled, log_probs, advantages, returns, ends, mask)]
 
         # ---- Update of φ and the world model, on real data
         for _ in range(args.update_epochs):
             model_stats = []
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
-                # A chunk is L steps of one environment. Its L + 1 frames are encoded once, as s and as the last s'.
+                # A chunk is L steps of one environment, and the frame after them.
                 t = chunks[:, None] // N * L + torch.arange(L + 1)
-                frames = t * N + chunks[:, None] % N  # (chunks, L + 1), rows of the (T + 1) N frames
+                frames = t * N + chunks[:, None] % N  # (M / L, L + 1), rows of the (T + 1) N observations
                 if not mask.flatten()[frames[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
-                frames, steps = frames.to(device), frames[:, :L].flatten().to(device)
-                batch = Transitions(obs.flatten(0, 1)[frames], *(x.flatten(0, 1)[steps] for x in of_steps))
-                noise = gumbel(len(steps), NUM_VARIABLES, NUM_CLASSES).to(device)
+                steps, frames = frames[:, :L].flatten().to(device), frames.to(device)
+                chunk_obs = obs.flatten(0, 1).index_select(0, frames.flatten()).unflatten(0, frames.shape)
+                batch = Transitions(chunk_obs, *(x.flatten(0, 1)[steps] for x in of_steps))
                 with autocast:
-                    loss, stats = model_loss(agent, batch, noise, args)
-                stats |= optimizer_step(optimizer, loss, ("encoder", "world_model"), args.max_grad_norm)
-                model_stats.append(stats)
+                    loss, stats = model_loss(agent, batch, gumbel(len(steps), *z_shape).to(device), args)
+                model_stats.append(stats | optimizer_step(optimizer, loss, MODEL, args.max_grad_norm))
 
         # ---- Imagination, from the new latents
-        starts = torch.randperm(T * N)[:num_starts]
-        is_real = mask.flatten()[starts]
-        noise = gumbel(H, num_starts, games.num_actions), gumbel(H, num_starts, NUM_VARIABLES, NUM_CLASSES)
-        noise = [x.to(device) for x in (*noise, torch.rand(H, num_starts).logit())]
+        starts = torch.randperm(T * N)[:B]
+        noise = gumbel(H, B, games.num_actions), gumbel(H, B, *z_shape), torch.rand(H, B).logit()
         with torch.no_grad(), autocast:
             z = agent.encode(obs.flatten(0, 1))  # ((T + 1) N, V, C)
-            imagined = imagine(agent, z[starts.to(device)], is_real.to(device), *noise, args)
+            imagined = imagine(agent, *(x.to(device) for x in (z[starts], mask.flatten()[starts], *noise)), args)
 
         # ---- Update of actor and critic, on what is imagined
         for _ in range(args.imagination_epochs):
             behaviour_stats = []
-            for rows in torch.randperm(H * num_starts).chunk(H * args.num_minibatches):
-                if not is_real[rows % num_starts].any():
+            for rows in torch.randperm(H * B).chunk(H * args.num_minibatches):
+                if not mask.flatten()[starts[rows % B]].any():
                     continue
-                batch = Transitions(*(x.flatten(0, 1)[rows.to(device)] for x in imagined))
+                batch = Transitions(*(x.flatten(0, 1).index_select(0, rows.to(device)) for x in imagined))
                 with autocast:
                     loss, stats = compute_loss(agent, batch, batch.obs, 0.0, args.imagination_clip_coef, args)
-                stats |= optimizer_step(optimizer, loss, ("actor", "critic"), args.max_grad_norm)
-                behaviour_stats.append(stats)
+                behaviour_stats.append(stats | optimizer_step(optimizer, loss, BEHAVIOUR, args.max_grad_norm))
 
         # ---- Logging, of the last epochs
         with torch.no_grad(), autocast:
-            stats = latent_stats(agent, z.unflatten(0, (T + 1, N)), is_terminal, is_last)
-            stats |= planning_stats(agent, imagined, starts, rewards, is_terminal, is_last, args)
+            stats = latent_stats(agent, z, is_terminal, is_last)
+            stats |= planning_stats(agent, imagined, returns.flatten()[starts].to(device), ends, mask, args.gamma)
         metrics = {name: value.item() for name, value in stats.items()}
         for rows, prefix in ((behaviour_stats, "imagination"), (model_stats, "losses")):
             table = {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
@@ -590,8 +630,6 @@ class Run:
         """Open the folder, new or of a run to go on with. Raises SystemExit: 2 if it cannot be, 0 if all is done."""
         script, self.args, self.signal = Path(__file__).resolve(), args, None
         self.rollout = args.num_envs * args.num_steps  # global steps of an iteration
-        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # freed memory stays for the next tensors: the system
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
 
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(args.run_dir or f"runs/{name}")

@@ -22,7 +22,6 @@ import difflib
 import fcntl
 import importlib.metadata
 import io
-import itertools
 import json
 import os
 import signal
@@ -191,9 +190,9 @@ def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
 def lecun_mlp(*sizes: int) -> nn.Sequential:
     """Linear layers, ReLU between them. Weights are normal of variance 1/inputs, their tails cut, and made up for."""
     layers = []
-    for num_inputs, num_outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
-        std = (1 / num_inputs) ** 0.5 / 0.87962566
+    for i, num_inputs in enumerate(sizes[:-1]):
+        layers += [nn.Linear(num_inputs, sizes[i + 1]), nn.ReLU()]
+        std = num_inputs**-0.5 / 0.87962566
         nn.init.trunc_normal_(layers[-2].weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(layers[-2].bias)
     return nn.Sequential(*layers[:-1])
@@ -206,7 +205,7 @@ def one_hot_sample(logits: Tensor, noise: Tensor | float = 0.0) -> Tensor:
 
 
 def embed(z: Tensor, table: nn.Embedding) -> Tensor:
-    """A token for each variable, (B, V, 128): Σ_c z[v,c] E[v,c], a lookup through which gradient reaches z."""
+    """A token for each variable, (B, V, size): Σ_c z[v,c] E[v,c], a lookup through which gradient reaches z."""
     return torch.einsum("bvc,vcd->bvd", z, table.weight.unflatten(0, z.shape[1:]))
 
 
@@ -337,12 +336,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
 
-def latents(agent: Agent, batch: Transitions) -> tuple[Tensor, Tensor]:
-    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each frame is encoded once."""
-    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (B, L + 1, ...)
-    return z[:, : len(batch.actions) // len(z)].flatten(0, 1), z[:, 1:].flatten(0, 1)
-
-
 def gumbel(*shape: int) -> Tensor:
     """Standard Gumbel noise: argmax(ln p + noise) is distributed as p."""
     return -torch.empty(shape).exponential_().log()
@@ -396,11 +389,9 @@ def compute_loss(
 
 
 def model_loss(agent: Agent, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of φ and the world model on real data, and what of it is logged. noise (M, V, C): Gumbel, for z̄'.
-
-    To it actor and critic are constants. The clip ends the pull of A on φ; that of the losses goes on, times clip(r).
-    """
-    z, next_z = latents(agent, batch)  # (M, V, C)
+    """The loss of φ and the world model on real data, and what of it is logged. noise (M, V, C): Gumbel, for z̄'."""
+    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (M / L, L + 1, V, C)
+    z, next_z = z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1)  # (M, V, C)
     l_done = done_loss(agent.done_model(next_z), batch.next_is_terminal)
     l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards) + l_done  # (M,)
     l_p = transition_loss(agent.transition_model(z, batch.actions, noise), next_z)  # (M,)
@@ -458,34 +449,24 @@ def optimizer_step(
     return norms
 
 
-def reward_sum(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
-    """Discounted sum (B,) of rewards (H, B) up to the first end, where ends (H, B) is 1 if that step was the last."""
-    is_alive = torch.cat((torch.ones_like(ends[:1]), (1 - ends[:-1]).cumprod(0)))
-    return (rewards * is_alive * gamma ** torch.arange(len(rewards))[:, None]).sum(0)
-
-
 def planning_stats(
-    agent: Agent, dreams: Transitions, starts: Tensor, rewards: Tensor, ends: Tensor, is_last: Tensor, gamma: float
+    agent: Agent, dreams: Transitions, real_returns: Tensor, real_ends: Tensor, real_mask: Tensor, gamma: float
 ) -> dict[str, Tensor]:
-    """How true the dreams from a rollout's rows `starts` (B,) are, and how far the actor moved on them.
+    """How true the dreams are, and how far the actor moved on them.
 
-    Ends per step; rewards over min(T, H) steps, no value added, from starts that are first in the rollout. The theorem
-    wants π̄ in N^{1/γ}(π̄_b): the largest ratio, the mean over states of the state's largest, the share of states inside.
+    Ends per step, beside real_ends (T, N); λ-returns, beside real_returns (B,) of the same starts. The theorem wants
+    π̄ in N^{1/γ}(π̄_b): the largest ratio, the mean over states of each one's largest, the share of states inside.
     """
-    (T, N), n = rewards.shape, min(len(rewards), len(dreams.rewards))
-    log_ratios = agent.policy_and_value(dreams.obs.flatten(0, 1))[0] - dreams.old_log_probs.flatten(0, 1)
-    dreams, log_ratios = Transitions(*(x.cpu() for x in dreams)), log_ratios.cpu().view_as(dreams.old_log_probs)
-    ratios = torch.where(dreams.mask[..., None] > 0, log_ratios.exp(), 1.0)
+    log_probs = agent.policy_and_value(dreams.obs.flatten(0, 1))[0].view_as(dreams.old_log_probs)
+    ratios = torch.where(dreams.mask[..., None] > 0, (log_probs - dreams.old_log_probs).exp(), 1.0)
     is_inside = ((ratios <= 1 / gamma) & (ratios >= 2 - 1 / gamma)).all(-1)
-    dreamt = reward_sum(dreams.rewards[:n], dreams.next_is_terminal[:n], gamma)  # (B,)
-    happened = reward_sum(rewards[:n], is_last[1 : n + 1].float(), gamma)[starts % N]
-    is_first = dreams.mask[0] * (starts < N)
+    returns, is_real = dreams.returns[0], dreams.mask[0]
     return {
         "imagination/done_rate": masked_mean(dreams.next_is_terminal, dreams.mask),
-        "imagination/real_done_rate": masked_mean(ends, (~is_last[:T]).float()),
-        "imagination/reward_sum": masked_mean(dreamt, is_first),
-        "imagination/real_reward_sum": masked_mean(happened, is_first),
-        "imagination/reward_sum_error": masked_mean((dreamt - happened).abs(), is_first),
+        "imagination/real_done_rate": masked_mean(real_ends, real_mask),
+        "imagination/return": masked_mean(returns, is_real),
+        "imagination/real_return": masked_mean(real_returns, is_real),
+        "imagination/return_error": masked_mean((returns - real_returns).abs(), is_real),
         "spi/planning_ratio_max": ratios.max(),
         "spi/planning_ratio_mean": masked_mean(ratios.amax(-1), dreams.mask),
         "spi/planning_inside": masked_mean(is_inside.float(), dreams.mask),
@@ -493,7 +474,7 @@ def planning_stats(
 
 
 def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) -> dict[str, Tensor]:
-    """Of latents z ((T + 1) N, V, C): dead classes, entropy (nats) of a variable, share of terminal states that show."""
+    """Of latents z ((T + 1) N, V, C): dead classes, entropy (nats) of a variable, share of terminal states told."""
     usage, log_odds = z[~is_last.flatten()].mean(0), agent.done_model(z[is_terminal.flatten()])  # (V, C)
     return {
         "world_model/dead_classes": (usage == 0).float().mean(),
@@ -507,7 +488,7 @@ def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) 
 def train(args: Args) -> None:
     """Play a rollout; learn φ and the world model from it; learn to act in imagination; again and again."""
     T, N, L = args.num_steps, args.num_envs, args.chunk_length
-    H, B = args.horizon, args.imagination_starts or T * N
+    H, B, z_shape = args.horizon, args.imagination_starts or T * N, (NUM_VARIABLES, NUM_CLASSES)
     run, num_iterations = Run(args), args.total_timesteps // (T * N)
     device, autocast = args.device, torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -560,16 +541,16 @@ def train(args: Args) -> None:
                 frames = t * N + chunks[:, None] % N  # (M / L, L + 1), rows of the (T + 1) N frames
                 if not mask.flatten()[frames[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
-                frames, steps = frames.to(device), frames[:, :L].flatten().to(device)
-                batch = Transitions(obs.flatten(0, 1)[frames], *(x.flatten(0, 1)[steps] for x in of_steps))
-                noise = gumbel(len(steps), NUM_VARIABLES, NUM_CLASSES).to(device)
+                steps, frames = frames[:, :L].flatten().to(device), frames.to(device)
+                chunk_obs = obs.flatten(0, 1).index_select(0, frames.flatten()).unflatten(0, frames.shape)
+                batch = Transitions(chunk_obs, *(x.flatten(0, 1)[steps] for x in of_steps))
                 with autocast:
-                    loss, stats = model_loss(agent, batch, noise, args)
+                    loss, stats = model_loss(agent, batch, gumbel(len(steps), *z_shape).to(device), args)
                 model_stats.append(stats | optimizer_step(optimizer, loss, MODEL, args.max_grad_norm))
 
         # ---- Imagination, from the new latents
         starts = torch.randperm(T * N)[:B]
-        noise = gumbel(H, B, games.num_actions), gumbel(H, B, NUM_VARIABLES, NUM_CLASSES), torch.rand(H, B).logit()
+        noise = gumbel(H, B, games.num_actions), gumbel(H, B, *z_shape), torch.rand(H, B).logit()
         with torch.no_grad(), autocast:
             z = agent.encode(obs.flatten(0, 1))  # ((T + 1) N, V, C)
             imagined = imagine(agent, *(x.to(device) for x in (z[starts], mask.flatten()[starts], *noise)), args)
@@ -580,15 +561,15 @@ def train(args: Args) -> None:
             for rows in torch.randperm(H * B).chunk(H * args.num_minibatches):
                 if not mask.flatten()[starts[rows % B]].any():
                     continue
-                batch = Transitions(*(x.flatten(0, 1)[rows.to(device)] for x in imagined))
+                batch = Transitions(*(x.flatten(0, 1).index_select(0, rows.to(device)) for x in imagined))
                 with autocast:
                     loss, stats = compute_loss(agent, batch, batch.obs, 0.0, args.imagination_clip_coef, args)
                 behaviour_stats.append(stats | optimizer_step(optimizer, loss, BEHAVIOUR, args.max_grad_norm))
 
         # ---- Logging, of the last epochs
         with torch.no_grad(), autocast:
-            stats = planning_stats(agent, imagined, starts, rewards, ends, is_last, args.gamma)
-            stats |= latent_stats(agent, z, is_terminal, is_last)
+            stats = latent_stats(agent, z, is_terminal, is_last)
+            stats |= planning_stats(agent, imagined, returns.flatten()[starts].to(device), ends, mask, args.gamma)
         metrics = {name: value.item() for name, value in stats.items()}
         for rows, prefix in ((behaviour_stats, "imagination"), (model_stats, "losses")):
             table = {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
