@@ -5,6 +5,7 @@ import pytest
 
 import dream_spi_atari
 from tests import parity
+from tests.parity_dreamspi import check_dreamspi
 from tests.test_parity import GOLDEN, altered
 
 CASE = GOLDEN / "dreamspi_a6.npz"
@@ -14,7 +15,7 @@ MISTAKES = {
         "agent.transition_model(z, batch.actions, noise), next_z)",
         "agent.transition_model(z.detach(), batch.actions, noise), next_z)",
     ),
-    "R̄'s z detached": ("agent.reward_model(z, batch.actions), batch", "agent.reward_model(z.detach(), batch.actions), batch"),
+    "R̄'s z detached": ("agent.reward_model(z, batch.actions), b", "agent.reward_model(z.detach(), batch.actions), b"),
     "done loss left out": ("batch.rewards) + l_done", "batch.rewards)"),
     "done loss as cross-entropy": (
         'F.smooth_l1_loss(log_odds.sigmoid() + 1e-8, is_terminal, reduction="none")',
@@ -22,13 +23,9 @@ MISTAKES = {
     ),
     "done of s for done of s'": ("agent.done_model(next_z), batch", "agent.done_model(z), batch"),
     "no straight-through": ("+ (p - p.detach())", "+ 0 * p"),
-    "latent sampled, not its likeliest": ("num_classes)))", "num_classes)), gumbel(1, 1, 1))"),
+    "latent sampled, not its likeliest": ("NUM_CLASSES)))", "NUM_CLASSES)), gumbel(1, 32, 32))"),
     "mean over the classes too": ('reduction="none").sum(-1).mean(-1)', 'reduction="none").mean(-1).mean(-1)'),
     "sum over the variables": ('reduction="none").sum(-1).mean(-1)', 'reduction="none").sum(-1).sum(-1)'),
-    "squares for smooth-L1": (
-        'F.smooth_l1_loss(predicted_next_z, next_z, reduction="none")',
-        '0.5 * (predicted_next_z - next_z).square()',
-    ),
     "value loss into the encoder": ("self.critic(z.detach())", "self.critic(z)"),
     "losses beside the clip": (
         "compute_loss(agent, batch, z, penalty, args.clip_coef, args)",
@@ -56,10 +53,7 @@ MISTAKES = {
     "no clip of the gradient": ("(max_grad_norm / norm).clamp(max=1)", "(max_grad_norm / norm).clamp(1, 1)"),
     "gradient scaled up too": ("(max_grad_norm / norm).clamp(max=1)", "max_grad_norm / norm"),
     "Adam's eps": ("eps=1e-5", "eps=1e-8"),
-    "one learning rate": (
-        'dict.fromkeys(("actor", "critic"), args.behaviour_learning_rate)',
-        'dict.fromkeys(("actor", "critic"), args.learning_rate)',
-    ),
+    "one learning rate": ("(BEHAVIOUR, args.behaviour_learning_rate)", "(BEHAVIOUR, args.learning_rate)"),
     "a done stays": ("z = torch.where(is_done[-1][:, None, None], z, next_z)", "z = next_z"),
     "no cut at a done": (
         "compute_gae(rewards, values, is_done, is_done,",
@@ -68,15 +62,17 @@ MISTAKES = {
     "done of z, not of z̄'": ("agent.done_model(next_z) + of_done", "agent.done_model(z) + of_done"),
     "likeliest done": ("agent.done_model(next_z) + of_done > 0", "agent.done_model(next_z) > 0"),
     "likeliest action": ("(log_probs + of_action).argmax(-1)", "log_probs.argmax(-1)"),
-    "reward of the next latent": ("agent.reward_model(z, actions), log_probs", "agent.reward_model(next_z, actions), log_probs"),
-    "stale moments": ("    optimizer.step()\n    return norms", "    optimizer.step()\n    optimizer.state.clear()\n    return norms"),
+    "reward of the next latent": ("agent.reward_model(z, actions), lo", "agent.reward_model(next_z, actions), lo"),
+    "moments forgotten": ("    optimizer.step()\n", "    optimizer.step()\n    optimizer.state.clear()\n"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_parity_catches_dreamspi(mistake):
-    comparisons = parity.check_case(CASE, altered(dream_spi_atari, *MISTAKES[mistake]))
-    assert [comparison.name for comparison in comparisons if not comparison.passed]
+    """The first quantity that differs is enough."""
+    with np.load(CASE) as file:
+        comparisons = check_dreamspi(dict(file), altered(dream_spi_atari, *MISTAKES[mistake]))
+        assert not all(comparison.passed for comparison in comparisons)
 
 
 def test_every_array_of_the_case_is_compared():
