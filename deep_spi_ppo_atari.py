@@ -21,7 +21,7 @@ bit on a CPU in float32. `deep_spi_ppo.py` is for vectors. Cost: 10 M steps in 5
 import ctypes
 import difflib
 import fcntl
-import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
 UNITS = torch.cpu.get_capabilities()
-HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # in hardware
+HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # old GPUs emulate it
 ATARI = [name for name, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
 
 
@@ -105,8 +105,7 @@ class Args:
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        packages = {package.name for package in importlib.metadata.distributions()}
-        self.check("track", not self.track or "wandb" in packages, "needs wandb: pip install wandb")
+        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
 
@@ -237,13 +236,13 @@ class RewardModel(nn.Module):
 class TransitionModel(nn.Module):
     """P̄(·|z, a): a mixture of K = 5 diagonal normals over the next latent (h, w, C), from Lipschitz networks.
 
-    Its sample, averaged over the components as published (a mixture's own would draw one of them), with ε ~ N(0, 1):
+    Its sample averages over the components as published (a mixture's own would draw one of them):
 
-        z̄' = Σ_k w_k (loc_k + scale_k clip(ε_k, -1, 1)),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k)
+        z̄' = Σ_k w_k (loc_k + scale_k ε_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    ε ~ N(0, 1) cut at ±1
 
     x, y: a 2x2 convolution in G = 16 groups of channels, with outputs for every action. Here a product with the one-hot
-    action picks each row's kernels, another multiplies them with the row's patches: so the cost hardly grows with A.
-    `benchmark/peers/plain.py` has the plain form: all outputs, then those of the action taken.
+    action picks each row's kernels, and mixes those of x, as Σ_k w_k x_k is linear in them; another multiplies them
+    with the row's patches: so the cost hardly grows with A. `benchmark/peers/plain.py` has the plain form.
     """
 
     def __init__(self, latent_shape: tuple[int, int, int], num_actions: int):
@@ -261,24 +260,27 @@ class TransitionModel(nn.Module):
     def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
         """A sample z̄' (B, h, w, C) of P̄(·|z, a), for z (B, h, w, C), actions (B,) and noise ε (B, *noise_shape)."""
         h, w, C = z.shape[1:]
-        x = F.pad(z, (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
-        hidden = F.conv2d(x, self.hidden.normalized_weight(), self.hidden.bias)  # (B, 2C, h, w)
+        image = F.pad(z, (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
+        hidden = F.conv2d(image, self.hidden.normalized_weight(), self.hidden.bias)  # (B, 2C, h, w)
         hidden = group_sort(hidden.flatten(2).contiguous())  # (B, 2C, h·w)
         mixture = self.mixture.normalized_weight().unflatten(1, (h * w, 2 * C)).mT.flatten(1)  # in hidden's order
         logits = F.linear(hidden.flatten(1), mixture, self.mixture.bias).float().unflatten(1, (self.K, self.A))
-        weights = logits.take_along_dim(actions[:, None, None], dim=2).squeeze(2).softmax(-1)  # (B, K)
+        weights = 0.5 * logits.take_along_dim(actions[:, None, None], dim=2).squeeze(2).softmax(-1)  # ½ w, (B, K)
 
-        # The layer's outputs are ordered (G, C/G, K, [x, y], A).
-        taken, channels = F.one_hot(actions, self.A).float(), 2 * self.K * C // self.G  # (B, A), of a group
-        kernels, biases = (
-            p.view(self.G, C // self.G, self.K, 2, self.A, -1).permute(4, 0, 3, 2, 1, 5).flatten(1)
-            for p in (self.components.normalized_weight(), self.components.bias)
-        )
-        patches = (hidden @ self.to_patches).view(len(z) * self.G, -1, h * w)
-        kernels, biases = ((taken @ p).view(len(patches), channels, -1) for p in (kernels, biases))
-        x, y = torch.baddbmm(biases, kernels, patches).view(len(z), self.G, 2, self.K, -1).unbind(2)
-        samples = 0.5 * (x + F.softplus(y) * noise.clamp(-1, 1))  # (B, G, K, C/G · h·w)
-        return (weights.to(samples.dtype)[:, None, None] @ samples).view(-1, C, h * w).mT.reshape(z.shape)
+        taken = F.one_hot(actions, self.A).float()  # (B, A)
+        mixed = (weights[:, :, None] * taken[:, None]).flatten(1)  # (B, K·A)
+        of_rows = []
+        for p in (self.components.normalized_weight(), self.components.bias):  # ordered (G, C/G, K, [x, y], A)
+            x, y = p.view(self.G, C // self.G, self.K, 2, self.A, -1).unbind(3)
+            x = mixed @ x.permute(2, 3, 0, 1, 4).flatten(2).flatten(0, 1)
+            y = taken @ y.permute(3, 0, 2, 1, 4).flatten(1)
+            of_rows.append(torch.cat([q.view(len(z) * self.G, -1, p[0].numel()) for q in (x, y)], dim=1))
+        kernels, biases = of_rows  # (B·G, (1 + K) C/G, n)
+        patches = (hidden @ self.to_patches).view(len(kernels), -1, h * w)
+        outputs = torch.baddbmm(biases, kernels, patches).view(len(z), self.G, 1 + self.K, -1)
+        loc, y = outputs.split((1, self.K), dim=2)
+        spread = F.softplus(y) * noise  # (B, G, K, C/G · h·w)
+        return (loc + weights.to(y.dtype)[:, None, None] @ spread).view(-1, C, h * w).mT.reshape(z.shape)
 
 
 class Agent(nn.Module):
@@ -518,7 +520,7 @@ def train(args: Args) -> None:
         # ---- Update
         noise = None
         if run_world_model:  # once for all minibatches, as their transitions are shuffled: a CPU takes long to draw it
-            noise = torch.randn(T * N // args.num_minibatches, *agent.transition_model.noise_shape)
+            noise = torch.randn(T * N // args.num_minibatches, *agent.transition_model.noise_shape).clamp(-1, 1)
             noise = noise.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
         for _ in range(args.update_epochs):
             epoch_stats, stats = [], {}
@@ -592,7 +594,7 @@ class Run:
             "git_commit": commit or None,
             "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
             "torch_threads": torch.get_num_threads(),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "envpool", "gymnasium", "numpy")},
+            "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, envpool, np)},
             "id": f"{time.time_ns():x}",  # for Weights & Biases
             "resumes": [],  # global steps at which the run went on, with new games
         }

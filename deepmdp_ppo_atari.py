@@ -19,7 +19,7 @@ out of the utility and change nothing else, see that script's `--loss-placement 
 import ctypes
 import difflib
 import fcntl
-import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
 UNITS = torch.cpu.get_capabilities()
-HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # in hardware
+HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # old GPUs emulate it
 ATARI = [name for name, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
 
 
@@ -103,8 +103,7 @@ class Args:
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        packages = {package.name for package in importlib.metadata.distributions()}
-        self.check("track", not self.track or "wandb" in packages, "needs wandb: pip install wandb")
+        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
 
@@ -529,7 +528,7 @@ class Run:
             "git_commit": commit or None,
             "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
             "torch_threads": torch.get_num_threads(),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "envpool", "gymnasium", "numpy")},
+            "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, envpool, np)},
             "id": f"{time.time_ns():x}",  # for Weights & Biases
             "resumes": [],  # global steps at which the run went on, with new games
         }
