@@ -16,7 +16,7 @@ observes an array of floats or an integer.
 
 import difflib
 import fcntl
-import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -106,8 +106,7 @@ class Args:
         whole = self.imagination_starts <= rollout and self.imagination_starts % self.num_minibatches == 0
         self.check("imagination_starts", whole, f"must be at most {rollout}, a multiple of {self.num_minibatches}")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        packages = {package.name for package in importlib.metadata.distributions()}
-        self.check("track", not self.track or "wandb" in packages, "needs wandb: pip install wandb")
+        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
         known = envpool.list_all_envs()
         closest = ", ".join(difflib.get_close_matches(self.env_id, known, cutoff=0.3))
         self.check("env_id", self.env_id in known, f"no such environment of EnvPool; closest: {closest or 'none'}")
@@ -136,7 +135,7 @@ def what_is_wrong(env_id: str) -> str:
         return f"actions must be discrete, not {type(actions).__name__}"
     is_array = isinstance(observations, gym.spaces.Box) and np.issubdtype(observations.dtype, np.floating)
     if not is_array and not isinstance(observations, gym.spaces.Discrete):
-        return "observations must be an integer or an array of floats; for Atari frames see dream_spi_atari.py"
+        return "observations must be an integer or an array of floats; for Atari frames see deep_spi_ppo_atari.py"
     first, _ = envpool.make(env_id, env_type="gymnasium", num_envs=1).reset()
     return "" if len(first) == 1 else f"must have one player, not {len(first)}"
 
@@ -506,10 +505,9 @@ def planning_stats(
 def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) -> dict[str, Tensor]:
     """Of latents z ((T + 1) N, V, C): dead classes, entropy (nats) of a variable, share of terminal states told."""
     usage, log_odds = z[~is_last.flatten()].mean(0), agent.done_model(z[is_terminal.flatten()])  # (V, C)
-    return {
-        "world_model/dead_classes": (usage == 0).float().mean(),
-        "world_model/latent_entropy": torch.special.entr(usage).sum(-1).mean(),
-    } | ({"world_model/done_accuracy_last": (log_odds > 0).float().mean()} if len(log_odds) else {})
+    stats = {"dead_classes": (usage == 0).float().mean(), "latent_entropy": torch.special.entr(usage).sum(-1).mean()}
+    stats |= {"done_accuracy_last": (log_odds > 0).float().mean()} if len(log_odds) else {}
+    return {f"world_model/{name}": value for name, value in stats.items()}
 
 
 # ==== 5. Training =====================================================================================================
@@ -650,7 +648,7 @@ class Run:
             "git_commit": commit or None,
             "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
             "torch_threads": torch.get_num_threads(),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "envpool", "gymnasium", "numpy")},
+            "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, envpool, np)},
             "id": f"{time.time_ns():x}",  # for Weights & Biases
             "resumes": [],  # global steps at which the run went on, with new games
         }

@@ -20,7 +20,7 @@ V(π̄∘φ) - V(π̄_b∘φ) >= V̄(π̄) - V̄(π̄_b) - ζ. Diff me against `
 import ctypes
 import difflib
 import fcntl
-import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
 UNITS = torch.cpu.get_capabilities()
-HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # in hardware
+HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # old GPUs emulate it
 ATARI = [name for name, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
 
 
@@ -113,8 +113,7 @@ class Args:
         whole = self.imagination_starts <= rollout and self.imagination_starts % self.num_minibatches == 0
         self.check("imagination_starts", whole, f"must be at most {rollout}, a multiple of {self.num_minibatches}")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        packages = {package.name for package in importlib.metadata.distributions()}
-        self.check("track", not self.track or "wandb" in packages, "needs wandb: pip install wandb")
+        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
 
@@ -476,10 +475,9 @@ def planning_stats(
 def latent_stats(agent: Agent, z: Tensor, is_terminal: Tensor, is_last: Tensor) -> dict[str, Tensor]:
     """Of latents z ((T + 1) N, V, C): dead classes, entropy (nats) of a variable, share of terminal states told."""
     usage, log_odds = z[~is_last.flatten()].mean(0), agent.done_model(z[is_terminal.flatten()])  # (V, C)
-    return {
-        "world_model/dead_classes": (usage == 0).float().mean(),
-        "world_model/latent_entropy": torch.special.entr(usage).sum(-1).mean(),
-    } | ({"world_model/done_accuracy_last": (log_odds > 0).float().mean()} if len(log_odds) else {})
+    stats = {"dead_classes": (usage == 0).float().mean(), "latent_entropy": torch.special.entr(usage).sum(-1).mean()}
+    stats |= {"done_accuracy_last": (log_odds > 0).float().mean()} if len(log_odds) else {}
+    return {f"world_model/{name}": value for name, value in stats.items()}
 
 
 # ==== 5. Training =====================================================================================================
@@ -619,7 +617,7 @@ class Run:
             "git_commit": commit or None,
             "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {os.cpu_count()} cores, {sys.platform}",
             "torch_threads": torch.get_num_threads(),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "envpool", "gymnasium", "numpy")},
+            "versions": {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, envpool, np)},
             "id": f"{time.time_ns():x}",  # for Weights & Biases
             "resumes": [],  # global steps at which the run went on, with new games
         }
