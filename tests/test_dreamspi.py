@@ -193,6 +193,15 @@ def test_one_hot_sample_is_exact_and_straight_through():
     torch.testing.assert_close(straight, logits.grad)
 
 
+def test_latents_are_one_hot_in_bf16_too():
+    agent, _, shape = make(dream_spi_atari)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = agent.encode(observations(dream_spi_atari, 3))
+        following = agent.transition_model(z, torch.tensor([0, 1, 2]), dream_spi_atari.gumbel(3, *shape))
+    for latent in (z, following):
+        assert latent.dtype == torch.float32 and latent.sum(-1).eq(1).all() and latent.max(-1).values.eq(1).all()
+
+
 def test_gumbel_noise_draws_from_the_probabilities():
     torch.manual_seed(0)
     p = torch.tensor([0.1, 0.6, 0.3])
