@@ -5,7 +5,7 @@ RUN := CartPole-v1__$(shell date +%Y%m%d-%H%M%S)
 .PHONY: train test test-slow control figures atari-200k theory confounding throughput benchmark-smoke
 
 train: .venv/.train  ## solve CartPole-v1 with Deep SPI and draw the learning curve
-	.venv/bin/python deep_spi_ppo.py --run-name $(RUN)
+	.venv/bin/python deep_spi_ppo.py --run-dir runs/$(RUN)
 	.venv/bin/python -m benchmark.learning_curve runs/$(RUN)
 
 test: .venv/.test  ## lint and the fast tests
@@ -25,9 +25,8 @@ figures: .venv/.benchmark  ## README's figures and tables, from the committed re
 
 atari-200k: .venv/.train  ## the first 200,000 steps of README's Atari table (hours); finished runs are skipped
 	for game in Pong-v5 Boxing-v5 Krull-v5; do for script in ppo_baseline deepmdp_ppo_atari deep_spi_ppo_atari; do \
-		[ -e runs/atari_200k/$${game}__$$script/agent.pt ] || \
 		.venv/bin/python $$script.py --env-id $$game --total-timesteps 200704 --precision fp32 \
-			--runs-dir runs/atari_200k --run-name $${game}__$$script || exit 1; done; done
+			--run-dir runs/atari_200k/$${game}__$$script || exit 1; done; done
 	.venv/bin/python -m benchmark.collect runs/atari_200k --out benchmark/results/atari_200k
 
 theory: .venv/.train  ## README's pictures of the theory
@@ -36,7 +35,7 @@ theory: .venv/.train  ## README's pictures of the theory
 
 confounding: .venv/.train  ## the study of confounding updates (hours); finished runs are skipped
 	.venv/bin/python -m benchmark.confounding
-	.venv/bin/python -m benchmark.confounding_mechanism
+	.venv/bin/python -m benchmark.studies.confounding_mechanism
 
 throughput: .venv/.benchmark  ## how fast the Atari scripts are; leave the machine alone meanwhile (half an hour and more)
 	.venv/bin/python -m benchmark.throughput

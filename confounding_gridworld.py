@@ -6,11 +6,12 @@
 Two corridors look alike up to their last cell, '!'. UP at the top '!' is best, UP at the bottom '!' is a disaster. An
 agent sees pictures; if φ merges the two '!', an update that raises UP at one raises it at both: as 1-ε of the episodes
 pass the top one, a batch in which UP was tried there alone is all praise. The MDP is known and small, so V^{π_n} of
-every policy on the way is exact, and each fall of it counts. Three agents with the same networks:
+every policy on the way is exact, and each fall of it counts. Agents with the same networks:
 
     ppo       loss of the clipped objective min(r A, clip(r, 1 ± ε) A); R̄ and P̄ are not trained
-    additive  + α_R L_R + α_P L_P beside it (the placement of DeepMDP): no clip bounds how far they move φ
+    additive  + α_R L_R + α_P L_P beside it (the placement of DeepMDP)
     deep_spi  U = A - α_R ℓ_R - α_P ℓ_P in place of A: inside the clip (see `compute_loss`)
+    gated     the same, but where the clip is active, the losses pull φ no more either
 
     φ  encoder            R̄  reward_model        ℓ_R  reward_loss        α_R  reward_loss_coef
     z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
@@ -20,7 +21,6 @@ Expect a table, and two pictures in runs/confounding_gridworld. V(start) begins 
 optimum is 8.01. Which method falls less on the way is the question, and three seeds do not answer it.
 The equations are those of `deep_spi_ppo.py`, word for word. The states are few: each is encoded once per update.
 """
-# ==== 1. Imports ======================================================================================================
 
 import math
 import os
@@ -42,115 +42,91 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# ==== 2. Arguments ====================================================================================================
+# ==== 1. Arguments ====================================================================================================
 
-METHODS = {"ppo": "PPO", "additive": "additive", "deep_spi": "Deep SPI"}
-COLOURS = {"ppo": "#0072B2", "additive": "#E69F00", "deep_spi": "#009E73"}  # told apart by colour-blind eyes
+METHODS = {"ppo": "PPO", "additive": "additive", "deep_spi": "Deep SPI"}  # those of the study
+NAMES = METHODS | {"gated": "gated"}
+COLOURS = {"ppo": "#0072B2", "additive": "#E69F00", "deep_spi": "#009E73", "gated": "#CC79A7"}  # for colour-blind eyes
 
 
 @dataclass
 class Args:
     # ---- Experiment
-    seed: int = 1
-    """seed of the environments, the networks and every random draw; the first one, if there are several"""
-    num_seeds: int = 3
-    """runs of each method, with the seeds from `seed` on"""
-    method: Literal["all", "ppo", "additive", "deep_spi"] = "all"
-    """the agent to train, or all three from the same start"""
-    out_dir: str = "runs/confounding_gridworld"
-    """folder of the pictures; those of an earlier call are replaced"""
+    seed: int = 1  # seed of the environments, the networks and every random draw; the first one, if there are several
+    num_seeds: int = 3  # runs of each method, with the seeds from `seed` on
+    method: Literal["all", "ppo", "additive", "deep_spi", "gated"] = "all"  # the agent; all: but gated, from one start
+    out_dir: str = "runs/confounding_gridworld"  # folder of the pictures; those of an earlier call are replaced
 
     # ---- Environment
-    n_path: int = 5
-    """n, the column of the critical cells: the length of the two corridors"""
-    epsilon: float = 0.2
-    """probability of the bottom corridor"""
-    start: Literal["fresh", "confounded"] = "confounded"
-    """untrained networks, or networks fitted to a policy that hardly ever goes UP, and to its data"""
-    start_up: float = 0.002
-    """probability of UP under the confounded start's policy, so rare that φ merges the two '!' (else: an error)"""
-    total_timesteps: int = 120_000
-    """environment steps in all, rounded down to whole rollouts"""
-    num_envs: int = 128
-    """N, parallel environments: many, for the state coverage that the world model needs (talk: 128 x 8, not 8 x 128)"""
-    num_steps: int = 8
-    """T, steps of each environment per iteration"""
+    n_path: int = 5  # n, the column of the critical cells: the length of the two corridors
+    epsilon: float = 0.2  # probability of the bottom corridor
+    start: Literal["fresh", "confounded"] = (
+        "confounded"  # untrained networks, or fitted to a policy that hardly goes UP
+    )
+    start_up: float = 0.002  # probability of UP under that policy: so rare that φ merges the two '!' (else: an error)
+    total_timesteps: int = 120_000  # environment steps in all, rounded down to whole rollouts
+    num_envs: int = 128  # N, parallel environments: many, for the state coverage that the world model needs
+    num_steps: int = 8  # T, steps of each environment per iteration
 
     # ---- PPO
-    learning_rate: float = 1e-3
-    """Adam's step size, annealed linearly to 0 (published: 2.5e-4)"""
-    gamma: float = 0.99
-    """γ, discount factor"""
-    gae_lambda: float = 0.95
-    """λ of generalised advantage estimation"""
-    num_minibatches: int = 4
-    """minibatches per epoch"""
-    update_epochs: int = 4
-    """passes over the rollout per iteration"""
-    clip_coef: float = 0.2
-    """ε of the clip; the neighbourhood's C is 1 + ε (published: 0.1)"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient, over all parameters together"""
+    learning_rate: float = 1e-3  # Adam's step size, annealed linearly to 0 (published: 2.5e-4)
+    gamma: float = 0.99  # γ, discount factor
+    gae_lambda: float = 0.95  # λ of generalised advantage estimation
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 4  # passes over the rollout per iteration
+    clip_coef: float = 0.2  # ε of the clip; the neighbourhood's C is 1 + ε (published: 0.1)
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient, over all parameters together
 
     # ---- Deep SPI
-    latent_dim: int = 1
-    """D, dimensions of z: narrow, so that φ has to choose which states to merge (Atari's 3136 tell them all apart);
-    with another D give --transition-loss-coef 1.568/D, too"""
-    reward_loss_coef: float = 0.01
-    """α_R, weight of the reward loss"""
-    transition_loss_coef: float = 1.568
-    """α_P, weight of the transition loss, a sum over D dimensions: the published 0.0005 for 3136 is 1.568 for one"""
+    latent_dim: int = 1  # D, dimensions of z: narrow, so that φ has to choose which states to merge
+    reward_loss_coef: float = 0.01  # α_R, weight of the reward loss
+    transition_loss_coef: float = 1.568  # α_P, weight of a sum over D: the published 0.0005 for 3136 is 1.568/D
+
+    def __post_init__(self):
+        """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
+        for name in ("num_seeds", "num_envs", "num_steps", "num_minibatches", "update_epochs"):
+            self.check(name, getattr(self, name) >= 1, "must be at least 1")
+        self.check("gae_lambda", 0 <= self.gae_lambda <= 1, "must lie in [0, 1]")
+        self.check("gamma", 0 < self.gamma < 1, "must lie in (0, 1): a policy may stand still for ever")
+        for name in ("ent_coef", "vf_coef", "reward_loss_coef", "transition_loss_coef"):
+            self.check(name, 0 <= getattr(self, name) < math.inf, "must be finite and not negative")
+        for name in ("learning_rate", "max_grad_norm"):
+            self.check(name, 0 < getattr(self, name) < math.inf, "must be finite and positive")
+        self.check("clip_coef", 0 < self.clip_coef < 1, "must lie in (0, 1), so that 1 < C < 2")
+        rule = "the last of num_seeds seeds must lie in [0, 2^32)"
+        self.check("seed", 0 <= self.seed <= 2**32 - self.num_seeds, rule)
+        rule = (
+            "must lie in [2, 81]: at 1 the state F would lie on '@', and a picture has 84 columns for n_path + 3 cells"
+        )
+        self.check("n_path", 2 <= self.n_path <= 81, rule)
+        self.check("epsilon", 0 < self.epsilon < 1, "must lie in (0, 1)")
+        self.check("epsilon", self.epsilon >= 1e-6, "too small: the reward at F grows as 1/epsilon")
+        rule = "too small: the rewards for UP grow as 1/gamma^n_path, here by more than a million"
+        self.check("gamma", self.n_path * math.log(self.gamma) > -math.log(1e6), rule)
+        self.check("start_up", 0 < self.start_up <= 0.5, "must lie in (0, 0.5]")
+        used = self.start == "confounded" or self.start_up == Args.start_up
+        self.check("start_up", used, "leave it out: a fresh start is fitted to no policy")
+        self.check("latent_dim", 1 <= self.latent_dim <= 512, "must lie in [1, 512]")
+        rollout = self.num_envs * self.num_steps
+        self.check("total_timesteps", self.total_timesteps >= rollout, f"must be at least one rollout, {rollout}")
+        rule = f"must divide the rollout's {rollout} steps (num_envs x num_steps)"
+        self.check("num_minibatches", rollout % self.num_minibatches == 0, rule)
+
+    def check(self, name: str, allowed: object, rule: str) -> None:
+        """Exit with one line on stderr unless the field is allowed."""
+        if not allowed:
+            print(f"error: --{name.replace('_', '-')}: got {getattr(self, name)!r}; {rule}", file=sys.stderr)
+            raise SystemExit(2)
 
     @property
     def loss_placement(self) -> str:
-        """Where the world model's losses go: into the utility, under the clip, or beside the clipped loss."""
-        return "additive" if self.method == "additive" else "utility"
+        """Where the world model's losses go, as `deep_spi_ppo.py` has it."""
+        return {"additive": "additive", "gated": "gated"}.get(self.method, "utility")
 
 
-def check(allowed: bool, flag: str, given: object, rule: str) -> None:
-    """Refuse a bad argument in one line, before anything is built; exit code 2, like every usage error."""
-    if not allowed:
-        print(f"error: --{flag.replace('_', '-')}: got {given!r}; {rule}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def check_args(args: Args) -> None:
-    """Refuse settings that cannot work. Raises SystemExit(2) after one line on stderr."""
-    given = vars(args)
-    for name in ("num_seeds", "num_envs", "num_steps", "num_minibatches", "update_epochs"):
-        check(given[name] >= 1, name, given[name], "must be at least 1")
-    check(0 <= args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "must lie in [0, 1]")
-    check(0 < args.gamma < 1, "gamma", args.gamma, "must lie in (0, 1): a policy may stand still for ever")
-    for name in ("ent_coef", "vf_coef", "reward_loss_coef", "transition_loss_coef"):
-        check(0 <= given[name] < math.inf, name, given[name], "must be finite and not negative")
-    for name in ("learning_rate", "max_grad_norm"):
-        check(0 < given[name] < math.inf, name, given[name], "must be finite and positive")
-    check(0 < args.clip_coef < 1, "clip_coef", args.clip_coef, "must lie in (0, 1), so that 1 < C < 2")
-    check(
-        0 <= args.seed <= 2**32 - args.num_seeds, "seed", args.seed, "the last of num_seeds seeds must lie in [0, 2^32)"
-    )
-    rule = "must lie in [2, 81]: at 1 the state F would lie on '@', and a picture has 84 columns for n_path + 3 cells"
-    check(2 <= args.n_path <= 81, "n_path", args.n_path, rule)
-    check(0 < args.epsilon < 1, "epsilon", args.epsilon, "must lie in (0, 1)")
-    check(args.epsilon >= 1e-6, "epsilon", args.epsilon, "too small: the reward at F grows as 1/epsilon")
-    rule = "too small: the rewards for UP grow as 1/gamma^n_path, here by more than a million"
-    check(args.n_path * math.log(args.gamma) > -math.log(1e6), "gamma", args.gamma, rule)
-    check(0 < args.start_up <= 0.5, "start_up", args.start_up, "must lie in (0, 0.5]")
-    used = args.start == "confounded" or args.start_up == Args.start_up
-    check(used, "start_up", args.start_up, "leave it out: a fresh start is fitted to no policy")
-    check(1 <= args.latent_dim <= 512, "latent_dim", args.latent_dim, "must lie in [1, 512]")
-    batch_size = args.num_envs * args.num_steps
-    rule = f"must be at least one rollout, num_envs x num_steps = {batch_size}"
-    check(args.total_timesteps >= batch_size, "total_timesteps", args.total_timesteps, rule)
-    rule = f"must divide the rollout's {batch_size} steps (num_envs x num_steps)"
-    check(batch_size % args.num_minibatches == 0, "num_minibatches", args.num_minibatches, rule)
-
-
-# ==== 3. Environment ==================================================================================================
+# ==== 2. Environment ==================================================================================================
 # S states, numbered row by row over the cells that are not walls; A = 4 actions.
 
 UP, DOWN, LEFT, RIGHT = range(4)
@@ -252,12 +228,12 @@ def state_visits(world: Gridworld, pi: np.ndarray, gamma: float) -> np.ndarray:
     return visits / visits.sum()
 
 
-# ==== 4. Networks =====================================================================================================
+# ==== 3. Networks =====================================================================================================
 # B rows, A actions, D latent dimensions. φ, actor and critic are Atari's, on one frame in place of four; φ ends in a
 # linear bottleneck. The world model has the sizes of `deep_spi_ppo.py`.
 
 
-def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     """Orthogonal weights of gain `std`, zero biases."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
@@ -377,13 +353,13 @@ class Agent(nn.Module):
         return self.actor(hidden).log_softmax(-1), self.critic(hidden).squeeze(-1)
 
 
-# ==== 5. Equations ====================================================================================================
+# ==== 4. Equations ====================================================================================================
 # T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, r, s'). Where s is already the
-# end of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
+# last of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
 
 
-class Minibatch(NamedTuple):
-    """M transitions: what `compute_loss` needs beside the latents. A whole rollout has (T, N) in place of (M,)."""
+class Transitions(NamedTuple):
+    """M transitions, their states apart: each picture is encoded once. A whole rollout has (T, N) for (M,)."""
 
     actions: Tensor  # (M,) int64
     rewards: Tensor  # (M,) clipped or scaled: those the advantages are made of
@@ -394,20 +370,19 @@ class Minibatch(NamedTuple):
 
 
 def compute_gae(
-    rewards: Tensor, values: Tensor, terminated: Tensor, dones: Tensor, gamma: float, gae_lambda: float
+    rewards: Tensor, values: Tensor, is_terminal: Tensor, is_last: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, both (T, N) (Schulman et al., 2016, eq. 16).
 
-    rewards (T, N); values (T+1, N) of obs[0..T]; terminated (T, N): step t ended in a terminal state, of value 0;
-    dones (T+1, N): obs[t] is an episode's last, so dones[t+1] cuts the sum over step t's successors. A truncated step
-    has dones[t+1] but not terminated[t]: it is bootstrapped with the value of its true last observation.
+    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. The last of an
+    episode cuts the sum. Where the time limit cuts it, it is last and not terminal: its value is bootstrapped.
     """
-    assert values.shape == dones.shape == (len(rewards) + 1, *rewards.shape[1:]) and terminated.shape == rewards.shape
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # (T, N)
+    assert values.shape == is_terminal.shape == is_last.shape == (len(rewards) + 1, *rewards.shape[1:])
+    deltas = rewards + gamma * values[1:] * ~is_terminal[1:] - values[:-1]  # (T, N)
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + gamma * gae_lambda * ~dones[t + 1] * advantage
+        advantage = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantage
         advantages[t] = advantage
     return advantages, advantages + values[:-1]
 
@@ -425,15 +400,16 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
-    """ℓ_R(s,a) = |r - R̄(φ(s),a)|, as smooth-L1, per transition: (M,)."""
+    """ℓ_R(s,a) = |r - R̄(φ(s),a)|, as smooth-L1 (published), per transition: (M,)."""
     return F.smooth_l1_loss(predicted_rewards, rewards, reduction="none")
 
 
 def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
 
-    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ is the published choice. z' is not
-    detached: φ too is to make the next latent predictable.
+    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ and the sum are published. So α_P weighs
+    a sum over the latent: one of another size wants another α_P. z' is not detached: φ too is to make the next
+    latent predictable.
     """
     return F.smooth_l1_loss(predicted_next_z.float(), next_z.float(), reduction="none").flatten(1).sum(-1)
 
@@ -444,7 +420,7 @@ def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tenso
 
 
 def compute_loss(
-    agent: Agent, batch: Minibatch, z: Tensor, next_z: Tensor | None, noise: Tensor | None, args: Args
+    agent: Agent, batch: Transitions, z: Tensor, next_z: Tensor | None, noise: Tensor | None, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a minibatch, and what of it is logged, as scalars.
 
@@ -462,10 +438,13 @@ def compute_loss(
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
         l_p = transition_loss(agent.transition_model(z, batch.actions, noise), next_z)  # (M,)
         penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
-        if args.loss_placement == "utility":
-            utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
-        else:
+        if args.loss_placement == "additive":
             additive_loss = masked_mean(penalty, batch.mask)  # "Let's just add L_R, L_P to the loss? No, we can't!"
+        else:
+            utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
+        if args.loss_placement == "gated":  # in a row where the clip is active, the losses pull no more either
+            is_clipped = clipped_objective(ratio, utility, args.clip_coef) < ratio * utility
+            utility = torch.where(is_clipped, utility.detach(), utility)
         world_model_stats = {
             "world_model/reward_loss": masked_mean(l_r, batch.mask),
             "world_model/transition_loss": masked_mean(l_p, batch.mask),
@@ -478,9 +457,8 @@ def compute_loss(
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss + additive_loss
 
-    ratios = log_ratios.exp()
-    inside = (ratios <= 1 + args.clip_coef) & (ratios >= 1 - args.clip_coef)  # N^C with C = 1 + ε
-    real_ratios = torch.where(batch.mask[:, None] > 0, ratios, 1.0)
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    outside = (ratios > 1 + args.clip_coef) | (ratios < 1 - args.clip_coef)  # of N^C with C = 1 + ε
     stats = {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
@@ -488,9 +466,9 @@ def compute_loss(
         "losses/approx_kl": masked_mean(ratio - 1 - log_ratio, batch.mask),
         "losses/clipfrac": masked_mean(((ratio - 1).abs() > args.clip_coef).float(), batch.mask),
         **world_model_stats,
-        "spi/ratio_min": real_ratios.min(),
-        "spi/ratio_max": real_ratios.max(),
-        "spi/outside_neighbourhood": 1 - masked_mean(inside.float().mean(-1), batch.mask),
+        "spi/ratio_min": ratios.min(),
+        "spi/ratio_max": ratios.max(),
+        "spi/outside_neighbourhood": masked_mean(outside.float().mean(-1), batch.mask),
     }
     return loss, {name: value.detach() for name, value in stats.items()}
 
@@ -526,7 +504,7 @@ def critical_distance(z: Tensor, world: Gridworld) -> float:
     return ((z[top] - z[bottom]).norm() / F.pdist(z[~torch.from_numpy(world.is_terminal)]).mean()).item()
 
 
-# ==== 6. Setup ========================================================================================================
+# ==== 5. Training =====================================================================================================
 
 FIT_STEPS = 300
 
@@ -625,37 +603,36 @@ def train(args: Args) -> tuple[dict[str, float], History]:
     states = torch.full((T + 1, N), world.start)
     actions = torch.zeros((T, N), dtype=torch.int64)
     rewards = torch.zeros((T, N))
-    terminated = torch.zeros((T, N), dtype=torch.bool)
-    dones = torch.zeros((T + 1, N), dtype=torch.bool)  # states[t] is the last of an episode
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # states[t] has value 0; ends an episode
 
     z, log_pi, state_values = evaluate(agent, pictures)
     pi, distance = [log_pi.double().exp().numpy()], [critical_distance(z, world)]
     outside, penalty = [], []
 
     for iteration in range(num_iterations):
-        # ==== 7. Rollout ==============================================================================================
+        # ---- Rollout
         optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
-        states[0], dones[0] = states[T], dones[T]
+        states[0], is_last[0] = states[T], is_last[T]
         for t in range(T):
             actions[t] = torch.multinomial(log_pi.exp()[states[t]], num_samples=1).squeeze(-1)
             next_states, reward, ended, truncated = envs.step(actions[t].numpy())
             states[t + 1] = torch.from_numpy(next_states)  # the true s', even where an episode ends
             rewards[t] = torch.from_numpy(reward / args.n_path)  # going RIGHT to the end brings 1
-            terminated[t] = torch.from_numpy(ended)  # not by the time limit
-            dones[t + 1] = torch.from_numpy(ended | truncated)
+            is_terminal[t + 1] = torch.from_numpy(ended)  # not by the time limit
+            is_last[t + 1] = torch.from_numpy(ended | truncated)
 
-        # ==== 8. Advantages ===========================================================================================
-        mask = (~dones[:T]).float()  # (T, N)
+        # ---- Advantages
+        mask = (~is_last[:T]).float()  # (T, N)
         values = state_values[states]  # (T + 1, N)
-        advantages, returns = compute_gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)
-        rollout = Minibatch(actions, rewards, log_pi[states[:T]], advantages, returns, mask)
+        advantages, returns = compute_gae(rewards, values, is_terminal, is_last, args.gamma, args.gae_lambda)
+        rollout = Transitions(actions, rewards, log_pi[states[:T]], advantages, returns, mask)
 
-        # ==== 9. Update ===============================================================================================
+        # ---- Update
         minibatch_stats = []
         for _ in range(args.update_epochs):
             for rows in torch.randperm(T * N).chunk(args.num_minibatches):
                 t, n = rows // N, rows % N
-                batch = Minibatch(*(x[t, n] for x in rollout))
+                batch = Transitions(*(x[t, n] for x in rollout))
                 z, next_z = encode_once(agent, pictures, states[t, n], states[t + 1, n])
                 noise = torch.randn((*z.shape, 5), generator=noise_rng) if run_world_model else None
                 next_z = next_z if run_world_model else None
@@ -666,7 +643,7 @@ def train(args: Args) -> tuple[dict[str, float], History]:
                 optimizer.step()
                 minibatch_stats.append(torch.stack(list(stats.values())))
 
-        # ==== 10. Logging =============================================================================================
+        # ---- Logging
         table = torch.stack(minibatch_stats)  # (minibatches, stats)
         finite = table.isfinite().all(0)
         if not finite.all():
@@ -695,7 +672,7 @@ def train(args: Args) -> tuple[dict[str, float], History]:
     return {name: float(number) for name, number in metrics.items()}, history
 
 
-# ==== 11. Comparison ==================================================================================================
+# ==== 6. Comparison ===================================================================================================
 # runs[method][seed] is a run: its metrics, and V_start (iterations + 1,) at `steps`.
 
 METRICS = {  # columns of the summary
@@ -751,11 +728,11 @@ def draw_gridworld(world: Gridworld, path: Path) -> None:
 
 def draw_values(axis: plt.Axes, runs: dict[str, dict[int, dict]]) -> None:
     """V(start) over steps: each run thin, the mean of each method thick, its interval shaded."""
-    for method in filter(runs.get, METHODS):
+    for method in filter(runs.get, NAMES):
         steps = next(iter(runs[method].values()))["steps"]
         curves = np.stack([run["V_start"] for run in runs[method].values()])
         axis.plot(steps, curves.T, color=COLOURS[method], lw=0.6, alpha=0.5)
-        axis.plot(steps, curves.mean(0), color=COLOURS[method], lw=2.5, label=f"{METHODS[method]}, {len(curves)} runs")
+        axis.plot(steps, curves.mean(0), color=COLOURS[method], lw=2.5, label=f"{NAMES[method]}, {len(curves)} runs")
         axis.fill_between(steps, *mean_interval(curves), color=COLOURS[method], alpha=0.2, lw=0)
     axis.set(xlabel="environment steps", ylabel=r"exact $V^{\pi_n}$(start)")
     axis.legend(loc="lower right", fontsize=9)
@@ -763,13 +740,12 @@ def draw_values(axis: plt.Axes, runs: dict[str, dict[int, dict]]) -> None:
 
 def main(args: Args) -> None:
     """Every method with every seed, then their table and pictures. If a run fails, it is named, and exit code is 1."""
-    check_args(args)
     out_dir = Path(args.out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        check(False, "out_dir", args.out_dir, f"must be a folder that can be made: {error.strerror}")
-    check(os.access(out_dir, os.W_OK), "out_dir", args.out_dir, "must be writable")
+        args.check("out_dir", False, f"must be a folder that can be made: {error.strerror}")
+    args.check("out_dir", os.access(out_dir, os.W_OK), "must be writable")
     torch.set_num_threads(1)  # bits depend on it, and small networks gain little from a second
     world, runs, failed = make_gridworld(args.n_path, args.epsilon, args.gamma), {}, False
     for seed in range(args.seed, args.seed + args.num_seeds):
@@ -777,13 +753,13 @@ def main(args: Args) -> None:
             try:
                 metrics, history = train(replace(args, seed=seed, method=method))
             except RunFailed as error:
-                print(f"error: {METHODS[method]}, seed {seed}: {error}", file=sys.stderr)
+                print(f"error: {NAMES[method]}, seed {seed}: {error}", file=sys.stderr)
                 failed = True
                 continue
             steps = np.arange(len(history.V)) * args.num_envs * args.num_steps
             runs.setdefault(method, {})[seed] = metrics | {"steps": steps, "V_start": history.V[:, world.start]}
             numbers = f"largest drawdown {metrics['largest_drawdown']:.2f}, final V {metrics['final_value']:.2f}"
-            print(f"{METHODS[method]}, seed {seed}: {numbers}, {metrics['seconds']:.0f} s", flush=True)
+            print(f"{NAMES[method]}, seed {seed}: {numbers}, {metrics['seconds']:.0f} s", flush=True)
 
     if not runs:
         raise SystemExit(1)
@@ -795,7 +771,7 @@ def main(args: Args) -> None:
     print("|---|--:|" + "---|" * len(METRICS))
     for method, of_method in runs.items():
         table = np.array([[run[metric] for metric in METRICS] for run in of_method.values()])
-        print(summary_row(METHODS[method], table), end="")
+        print(summary_row(NAMES[method], table), end="")
     if failed:
         raise SystemExit(1)
 

@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import collect, figures, keep, learning_curve
-from benchmark import run as launcher
+from benchmark import common
+from benchmark.launch import keep
+from benchmark.launch.plan import PlannedRun, settings_of
+from benchmark.launch.worker import find
+from benchmark.report import collect, figures, learning_curve
+from benchmark.studies import pilot
 from benchmark.suites import ATARI5_GAMES, PILOT_GAMES
 
 ROOT = Path(__file__).parent.parent
@@ -20,33 +24,33 @@ def test_tables_are_regenerated_to_the_same_text():
 
 
 def test_the_five_games_are_those_that_the_pilot_shows_to_be_learned_earliest():
-    rows = [row.split(" | ")[0].removeprefix("| ") for row in figures.pilot_table().splitlines()[2:]]
+    rows = [row.split(" | ")[0].removeprefix("| ") for row in pilot.table().splitlines()[2:]]
     assert sorted(rows) == sorted(PILOT_GAMES)
     assert sorted(rows[:5]) == ATARI5_GAMES
 
 
 def test_interval_is_students():
     """By the table of t: 4.303 for two degrees of freedom, of a mean whose standard error is 1 / sqrt(3)."""
-    low, high = collect.mean_interval(np.array([[4.0, 1.0], [5.0, 1.0], [6.0, 1.0]]))
+    low, high = common.mean_interval(np.array([[4.0, 1.0], [5.0, 1.0], [6.0, 1.0]]))
     assert (low[0], high[0]) == pytest.approx((5 - 4.303 / 3**0.5, 5 + 4.303 / 3**0.5), abs=1e-3)
     assert low[1] == high[1] == 1.0
-    assert np.isnan(collect.mean_interval(np.array([3.0]))).all()
+    assert np.isnan(common.mean_interval(np.array([3.0]))).all()
 
 
 @pytest.mark.parametrize("seeds", [3, 10])
 def test_interval_covers_the_mean_in_95_of_100_cases(seeds):
     samples = np.random.default_rng(0).normal(5, 2, (seeds, 4000))
-    low, high = collect.mean_interval(samples)
+    low, high = common.mean_interval(samples)
     assert ((low < 5) & (high > 5)).mean() == pytest.approx(0.95, abs=0.015)  # four standard errors
 
 
 def test_parts_average_what_lies_in_them():
     steps, values = np.array([1, 5, 10, 11, 40]), np.array([1.0, 2.0, 6.0, 5.0, 7.0])
-    assert collect.parts(steps, values, 40, 4) == [(10, 3.0), (20, 5.0), (40, 7.0)]
+    assert common.parts(steps, values, 40, 4) == [(10, 3.0), (20, 5.0), (40, 7.0)]
 
 
 def test_running_mean():
-    assert learning_curve.running_mean(np.array([1.0, 2.0, 3.0, 4.0]), 2).tolist() == [1.0, 1.5, 2.5, 3.5]
+    assert common.running_mean(np.array([1.0, 2.0, 3.0, 4.0]), 2).tolist() == [1.0, 1.5, 2.5, 3.5]
 
 
 def test_unfinished_runs_are_not_collected(tmp_path):
@@ -65,8 +69,8 @@ def test_learning_curve_of_a_run_without_episodes_is_refused(tmp_path):
 
 def test_kept_runs_are_small_and_still_finished(tmp_path):
     """Without weights and without a path of the machine; to the launcher, put back, they are finished runs."""
-    run = launcher.Run("deep_spi", "CartPole-v1", "CartPole-v1", 1, "deep_spi_ppo.py", {}, 8192)
-    settings = launcher.settings_of(run)
+    run = PlannedRun("deep_spi", "CartPole-v1", "CartPole-v1", 1, "deep_spi_ppo.py", {}, 8192)
+    settings = settings_of(run)
     run_dir = tmp_path / "suite" / run.name
     run_dir.mkdir(parents=True)
     args = settings | {"runs_dir": str(tmp_path), "run_name": "1", "track": False}
@@ -85,7 +89,7 @@ def test_kept_runs_are_small_and_still_finished(tmp_path):
     assert files == [*names, "plan.json", "plan.json.lock"]
     assert not [path for path in files if str(tmp_path) in (kept / path).read_text()]
     assert keep.keep(kept, tmp_path / "back") == 1
-    assert launcher.find(tmp_path / "back" / run.name, run, settings).state == "finished"
+    assert find(tmp_path / "back" / run.name, run, settings).state == "finished"
 
 
 def make_kept_run(suite, config, episodes):

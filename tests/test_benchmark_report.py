@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,9 +16,8 @@ import pytest
 pytest.importorskip("rliable", reason="rliable is not installed: requirements-benchmark.txt has it")
 from rliable import library, metrics
 
-from benchmark import report, report_runs, report_uneven, synthetic
-from benchmark import report_document as document
-from benchmark import report_statistics as statistics
+from benchmark.report import aggregation, document, pictures, report, runs, uneven
+from tests import synthetic
 
 ROOT = Path(__file__).parent.parent
 STEPS = 1280  # of a run; an episode ends every 10 steps unless said otherwise
@@ -72,9 +72,9 @@ def read_csv(path):
 
 def remarks_of(suite):
     """The bullets of the report's first section."""
-    results = report_runs.read_results(suite)
+    results = runs.read_results(suite)
     tasks = {"Aggregates": results.scored_tasks, "Improvement": results.tasks}
-    rectangles = [statistics.choose_rectangle(results.runs, own, name) for name, own in tasks.items()]
+    rectangles = [aggregation.choose_rectangle(results.runs, own, name) for name, own in tasks.items()]
     return report.unevenness(results, rectangles)[1].items
 
 
@@ -99,19 +99,19 @@ def test_last_and_best_of_a_run(tmp_path):
     # last 100 rising: 20 ... 119, mean 69.5; falling: 99 ... 0, mean 49.5; the best 100 in a row: 20 ... 119 both times
     for seed, returns, last in ((1, rising, 69.5), (2, falling, 49.5)):
         write_run(tmp_path, "ppo", "Pong", seed, returns)
-        run = report_runs.read_results(tmp_path).runs[seed - 1]
+        run = runs.read_results(tmp_path).runs[seed - 1]
         assert (run.episodes, run.last, run.best_window, run.best_episode) == (120, last, 69.5, 119)
 
 
 def test_with_fewer_episodes_the_best_window_is_all_of_them(tmp_path):
     write_run(tmp_path, "ppo", "Pong", 1, [9, 0, 3])
-    (run,) = report_runs.read_results(tmp_path).runs
+    (run,) = runs.read_results(tmp_path).runs
     assert (run.last, run.best_window, run.best_episode) == (4, 4, 9)  # not 9, a window of one
 
 
 def test_a_curve_is_the_mean_of_the_last_100_that_had_ended():
     steps, returns = np.arange(1, 201), np.arange(1.0, 201.0)
-    curve = report_runs.curve_of(steps + 5, returns, np.array([5, 6, 15, 205]))
+    curve = runs.curve_of(steps + 5, returns, np.array([5, 6, 15, 205]))
     # nothing by step 5; episode 1 by step 6; 1 ... 10 by step 15, mean 5.5; 101 ... 200 by step 205, mean 150.5
     assert np.isnan(curve[0])
     assert curve[1:].tolist() == [1, 5.5, 150.5]
@@ -177,13 +177,15 @@ def test_statistics_are_rliables():
     x, y = random.normal(size=(5, 7)).round(1), random.normal(size=(4, 7)).round(1)  # rounded: some are equal
     curves = random.normal(size=(5, 7, 3))
     thresholds = np.linspace(-1, 1, 9)
-    assert statistics.interquartile_mean(x) == pytest.approx(metrics.aggregate_iqm(x), abs=1e-12)
+    assert aggregation.interquartile_mean(x) == pytest.approx(metrics.aggregate_iqm(x), abs=1e-12)
     by_point = [metrics.aggregate_iqm(curves[..., i]) for i in range(3)]
-    assert statistics.interquartile_mean(curves) == pytest.approx(by_point, abs=1e-12)
+    assert aggregation.interquartile_mean(curves) == pytest.approx(by_point, abs=1e-12)
     theirs = metrics.aggregate_iqm, metrics.aggregate_median, metrics.aggregate_mean, metrics.aggregate_optimality_gap
-    assert statistics.four_aggregates(x) == pytest.approx([function(x) for function in theirs], abs=1e-12)
-    assert statistics.improvement(x, y)[0] == pytest.approx(metrics.probability_of_improvement(x, y), abs=1e-12)
-    assert statistics.share_above(x, thresholds) == pytest.approx(library.score_distributions(x, thresholds), abs=1e-12)
+    assert aggregation.four_aggregates(x) == pytest.approx([function(x) for function in theirs], abs=1e-12)
+    assert aggregation.improvement(x, y)[0] == pytest.approx(metrics.probability_of_improvement(x, y), abs=1e-12)
+    assert aggregation.share_above(x, thresholds) == pytest.approx(
+        library.score_distributions(x, thresholds), abs=1e-12
+    )
 
 
 def test_intervals_are_rliables():
@@ -192,23 +194,111 @@ def test_intervals_are_rliables():
 
     random = np.random.default_rng(4)
     x, y = random.normal(size=(5, 7)), random.normal(size=(4, 7))
-    ours = statistics.estimate({"x": x, "y": y}, statistics.four_aggregates, resamples=100)
+    ours = aggregation.estimate({"x": x, "y": y}, aggregation.four_aggregates, resamples=100)
     for name, scores in (("x", x), ("y", y)):  # each from the same seed: an algorithm's bounds depend on no other's
         np.random.seed(0)
         _, intervals = library.get_interval_estimates({name: scores}, theirs, reps=100)
         for i, interval in zip((0, 2), intervals[name].T, strict=True):  # IQM, mean
-            assert statistics.bounds(ours[name], i)[1:] == pytest.approx(interval, abs=1e-12)
+            assert aggregation.bounds(ours[name], i)[1:] == pytest.approx(interval, abs=1e-12)
     np.random.seed(0)
     _, intervals = library.get_interval_estimates({"x": [x, y]}, metrics.probability_of_improvement, reps=100)
-    ours = statistics.estimate({"x": [x, y]}, statistics.improvement, resamples=100)
-    assert statistics.bounds(ours["x"], 0)[1:] == pytest.approx(intervals["x"][:, 0], abs=1e-12)
+    ours = aggregation.estimate({"x": [x, y]}, aggregation.improvement, resamples=100)
+    assert aggregation.bounds(ours["x"], 0)[1:] == pytest.approx(intervals["x"][:, 0], abs=1e-12)
 
 
 def test_interval_over_seeds_is_students():
     """3.182: the table of t, 97.5 %, three degrees of freedom. The standard deviation of 1, 2, 4, 9 is sqrt(38 / 3)."""
-    ours = statistics.mean_over_seeds(np.array([1.0, 2.0, 4.0, 9.0])[:, None])
+    ours = aggregation.mean_over_seeds(np.array([1.0, 2.0, 4.0, 9.0])[:, None])
     half = 3.182 * (38 / 3) ** 0.5 / 2
-    assert statistics.bounds(ours, 0) == pytest.approx((4, 4 - half, 4 + half), abs=2e-3)
+    assert aggregation.bounds(ours, 0) == pytest.approx((4, 4 - half, 4 + half), abs=2e-3)
+
+
+# What a score is of
+
+
+def evaluate_runs(suite, value):
+    """Two games of each final policy, of mean return `value`; and a greedy one, which counts nowhere."""
+    for run_dir in suite.glob("*/*/*/"):
+        if (run_dir / "done.json").exists():
+            games = f"greedy,999,1,1\nsampled,{value - 1},1,1\nsampled,{value + 1},1,1\n"
+            (run_dir / "evaluation.csv").write_text("policy,return,length,ended\n" + games)
+
+
+def test_scores_are_of_the_final_policies_if_all_were_evaluated(suite):
+    evaluate_runs(suite, 16.1)  # of Breakout: half of what a human has
+    report.write_report(suite, suite / "report", resamples=50)
+    rows = {(row["algorithm"], row["task"]): row for row in read_csv(suite / "report" / "tasks.csv")}
+    row = rows["ppo", "Breakout"]
+    assert float(row["score"]) == pytest.approx(16.1) and float(row["human_normalised"]) == pytest.approx(0.5)
+    assert float(row["last_100"]) == pytest.approx(16.1)  # of 1.7 and 30.5
+    assert float(rows["ours", "Breakout"]["last_100"]) == pytest.approx(44.9)
+    points = {(row["algorithm"], row["metric"]): row["point"] for row in read_csv(suite / "report" / "aggregates.csv")}
+    assert points["ppo", "mean"] == points["ours", "mean"]
+    (row,) = read_csv(suite / "report" / "probability_of_improvement.csv")
+    assert float(row["point"]) == 0.5
+    text = (suite / "report" / "report.md").read_text()
+    assert "final policy [95 %]" in text and "score is the mean return of its final policy" in text
+
+
+def test_where_one_final_policy_was_not_evaluated_none_counts(suite):
+    evaluate_runs(suite, 16.1)
+    (suite / "ours" / "Pong" / "1" / "evaluation.csv").unlink()
+    remarks = remarks_of(suite)
+    assert remarks == ["Scores are of training, as not every final policy was evaluated: not ours (seed 1 of Pong)."]
+    results = runs.read_results(suite)
+    assert all(results.score(run) == run.last for run in results.runs)
+
+
+def test_a_damaged_evaluation_is_said(suite):
+    (suite / "ppo/Pong/1/evaluation.csv").write_text("policy,return,length,ended\nsampled,nan,1,1\n")
+    assert any("ppo/Pong/1: in evaluation.csv a return is not a finite number" in line for line in remarks_of(suite))
+
+
+def test_curves_of_other_numbers_of_environments_are_not_drawn(suite):
+    for task in ("Breakout", "Pong"):
+        for seed in "12":
+            rewrite(suite / "ours" / task / seed, args={"num_envs": 128})
+    report.write_report(suite, suite / "report", resamples=50)
+    text = (suite / "report" / "report.md").read_text()
+    assert text.count("Not drawn: among more environments") == 3  # the aggregate's curve, and a game's, twice
+    assert "Environments: ppo: 2, ours: 128." in text
+    assert not (suite / "report" / "sample_efficiency.png").exists()
+    assert not (suite / "report" / "learning_curves.png").exists()
+
+
+def test_a_method_has_one_colour():
+    import confounding_gridworld
+
+    assert confounding_gridworld.COLOURS.items() <= pictures.COLOURS.items()
+    found = pictures.colours(["mine", "deep_spi", "yours", "ppo"])
+    assert found["ppo"] == pictures.COLOURS["ppo"] and len(set(found.values())) == 4
+    assert not set(pictures.OTHER_COLOURS) & set(pictures.COLOURS.values())
+
+
+def test_no_zero_is_negative(tmp_path):
+    assert aggregation.number(-0.0001) == "0.000" and aggregation.number(-0.4) == "-0.400"
+    document.write_csv(tmp_path / "table.csv", [{"a": -0.0, "b": 1}, {"a": -1.5, "b": 2}])
+    assert (tmp_path / "table.csv").read_text() == "a,b\n0,1\n-1.5,2\n"
+
+
+def test_a_game_is_known_under_an_id_with_a_slash(tmp_path):
+    write_run(tmp_path, "ppo", "ALE-Pong-v5", 1, [1] * 100, env_id="ALE/Pong-v5")
+    assert runs.read_results(tmp_path).scored_tasks == ["ALE-Pong-v5"]
+
+
+def test_report_and_differences_are_written_in_any_locale(suite):
+    """Their texts have Greek letters and signs that no locale of nothing but ASCII knows."""
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    early = ROOT / "benchmark" / "results" / "suites" / "early"
+    printed = {}
+    for module, folder in (("report", suite), ("differences", early)):
+        command = [sys.executable, "-m", f"benchmark.{module}", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | ascii_only, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        printed[module] = done.stdout.decode("utf-8")
+    assert "Deep SPI − PPO" in printed["differences"]
+    for name in ("report.md", "report.html"):
+        assert "√((n-1)/n)" in (suite / "report" / name).read_text(encoding="utf-8")
 
 
 # Files
@@ -225,7 +315,7 @@ def test_html_is_self_contained(written):
 
     Reader().feed(page)
     pictures = sorted(written.glob("*.png"))
-    assert len(sources) == len(pictures) == 4
+    assert len(sources) == len(pictures) == len(list(written.glob("*.pdf"))) == 5
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     assert not tags & {"script", "link", "iframe", "object"}
     assert not re.search(r"https?:|url\(|@import", page)
@@ -355,6 +445,14 @@ UNEVEN = {
         lambda suite: rewrite(suite / "ppo/Pong/2", git_commit="1" * 40 + "-dirty"),
         "Code not exactly known, files that differ from the commit (`-dirty`): ppo (seed 2 of Pong).",
     ),
+    "code in no commit": (
+        lambda suite: rewrite(suite / "ppo/Pong/2", git_commit="1" * 40 + "-untracked"),
+        "Code not exactly known, a script that is in no commit (`-untracked`): ppo (seed 2 of Pong).",
+    ),
+    "something else for a commit": (
+        lambda suite: rewrite(suite / "ppo/Pong/2", git_commit="1" * 39),
+        f"Code not exactly known, `{'1' * 39}` is no commit: ppo (seed 2 of Pong).",
+    ),
     "no commit": (
         lambda suite: rewrite(suite / "ppo/Pong/2", git_commit=None),
         "Code not exactly known, no commit recorded: ppo (seed 2 of Pong).",
@@ -438,15 +536,15 @@ def test_every_unevenness_is_said(suite, change, remark):
 
 def test_a_mean_over_unequal_lengths_is_marked_where_it_stands(suite):
     (suite / "ppo" / "Pong" / "2" / "done.json").write_text('{"steps": 2560, "minutes": 1, "sps": 1}')
-    table = report.task_table(report_runs.read_results(suite), suite)[-1]
+    table = report.task_table(runs.read_results(suite), suite)[-1]
     steps = {(row[0], row[1]): row[3] for row in table.rows}
     assert steps["Pong", "ppo"] == "UNEQUAL: 1,280 to 2,560" and steps["Pong", "ours"] == "1,280"
 
 
 def test_a_game_that_one_algorithm_lacks_is_in_no_aggregate(suite):
     write_run(suite, "ppo", "Boxing", 1, [1] * 100)
-    results = report_runs.read_results(suite)
-    rectangle = statistics.choose_rectangle(results.runs, results.tasks, "Aggregates")
+    results = runs.read_results(suite)
+    rectangle = aggregation.choose_rectangle(results.runs, results.tasks, "Aggregates")
     assert set(rectangle.tasks) == {"Breakout", "Pong"} and rectangle.seeds == {"ppo": [1, 2], "ours": [1, 2]}
     assert rectangle.remarks == ["Aggregates: Boxing is left out, as ours has no run of it with an episode."]
 
@@ -480,15 +578,15 @@ def test_scores_of_games_that_began_early_are_remarked_on(tmp_path):
     """100 games of 10 steps end at 10, 20, ... 1,000; with 90 environments they began 900 steps before."""
     for algorithm, num_envs in (("wide", 90), ("narrow", 1)):
         write_run(tmp_path, algorithm, "Pong", 1, [1] * 100, steps=2000, args={"num_envs": num_envs})
-    (remark,) = report_uneven.early_episodes(report_runs.read_results(tmp_path))
+    (remark,) = uneven.early_episodes(runs.read_results(tmp_path))
     assert remark.startswith("Up to 100% of the last 100 episodes began in the first half")
     assert "narrow" in remark and "wide" in remark
-    for run in report_runs.read_results(tmp_path).runs:
+    for run in runs.read_results(tmp_path).runs:
         assert run.began_early == 1.0
     (tmp_path / "narrow" / "Pong" / "1" / "done.json").write_text('{"steps": 1000, "minutes": 1, "sps": 1}')
-    shares = {run.algorithm: run.began_early for run in report_runs.read_results(tmp_path).runs}
+    shares = {run.algorithm: run.began_early for run in runs.read_results(tmp_path).runs}
     assert shares == {"wide": 1.0, "narrow": 0.5}  # those that ended at 10 to 500 began at 0 to 490
-    (remark,) = report_uneven.early_episodes(report_runs.read_results(tmp_path))
+    (remark,) = uneven.early_episodes(runs.read_results(tmp_path))
     assert "wide" in remark and "narrow" not in remark
 
 
@@ -536,7 +634,7 @@ def test_a_broken_plan_is_refused_in_one_line(suite, monkeypatch, capsys, plan, 
 
 
 def test_known_scores_are_57_games():
-    known = report_runs.read_known_scores()
+    known = runs.read_known_scores()
     assert len(known) == 57
     assert known["Alien"] == {"random": 227.8, "human": 7127.7, "published_ppo": 1498.9583333333333}
     assert all(scores["human"] > scores["random"] for scores in known.values())
@@ -550,7 +648,7 @@ def test_known_scores_are_57_games():
 
 def test_synthetic_suite_is_complete_and_even(tmp_path):
     episodes = synthetic.make_suite(tmp_path, games=2, algorithms=2, seeds=2, steps=300_000)
-    results = report_runs.read_results(tmp_path)
+    results = runs.read_results(tmp_path)
     assert len(results.runs) == 8 and sum(run.episodes for run in results.runs) == episodes
     assert remarks_of(tmp_path)[0].startswith("Nothing: ")
 

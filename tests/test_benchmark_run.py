@@ -3,7 +3,6 @@
 All but one test use a training script that does nothing but write the files of one, so that they take no time.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +24,14 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from benchmark import run as launcher
+from benchmark.launch import launcher, plan, worker
 from benchmark.suites import ATARI57_GAMES, MEASURED_SPS, SUITES
 
 ROOT = Path(__file__).parent.parent
-STEPS = launcher.steps_of({"total_timesteps": SUITES["smoke"].tasks[0].total_timesteps})
+STEPS = plan.steps_of({"total_timesteps": SUITES["smoke"].tasks[0].total_timesteps})
 
 FAKE_SCRIPT = """
-import fcntl, json, pathlib, shutil, sys, time
+import fcntl, json, pathlib, shutil, sys, time, zipfile
 from dataclasses import dataclass, fields
 
 @dataclass
@@ -44,8 +44,7 @@ class Args:
     behaviour: str = "well"
     bad_seed: int = 0
     anneal: bool = True
-    runs_dir: str = "runs"
-    run_name: str = ""
+    run_dir: str = ""
 
 if __name__ == "__main__":
     here = pathlib.Path(__file__).parent
@@ -53,8 +52,9 @@ if __name__ == "__main__":
     args = Args(**{f.name: f.type(given[f.name.replace("_", "-")]) for f in fields(Args)
                    if f.name.replace("_", "-") in given}, anneal="--no-anneal" not in sys.argv)
     behaviour = args.behaviour if args.bad_seed in (0, args.seed) else "well"
-    run_dir = pathlib.Path(args.runs_dir) / args.run_name
-    run_dir.mkdir(parents=True)
+    run_dir = pathlib.Path(args.run_dir)
+    going_on = (run_dir / "checkpoint.pt").exists()
+    run_dir.mkdir(parents=True, exist_ok=going_on)
     alone = open(here / f"{run_dir.parents[1].name}-{args.seed}.alone", "w")
     try:
         fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,11 +62,19 @@ if __name__ == "__main__":
         (here / "two at a time").touch()
     with open(here / "starts", "a") as starts:
         starts.write(f"{args.seed}\\n")
-    (run_dir / "config.json").write_text(json.dumps({"script": "fake.py", "args": vars(args)}))
+    settings = vars(args) | ({"learning_rate": 9.9} if behaviour == "change" else {})
+    (run_dir / "config.json").write_text(json.dumps({"script": "fake.py", "args": settings}))
     (run_dir / "episodes.csv").write_text("global_step,return,length\\n")
     time.sleep(args.seconds)
     if behaviour == "fail":
         sys.exit("the world model has melted")
+    if behaviour in ("diverge", "full disk", "stop") and not going_on:
+        with zipfile.ZipFile(run_dir / "checkpoint.pt", "w") as checkpoint:
+            checkpoint.writestr("state", "state")
+        diverged = "error: stopped at step 2048: losses/value_loss is not finite: nan"
+        sys.exit({"diverge": diverged, "full disk": "error: [Errno 28] No space left", "stop": 75}[behaviour])
+    if behaviour == "refuse" and going_on:
+        sys.exit(2)
     if behaviour != "silent":
         events = "short" if behaviour == "short" else "whole"
         shutil.copy(here / events, run_dir / "events.out.tfevents.1")
@@ -98,16 +106,16 @@ def words(script: Path, settings: str = "", seeds: int = 1) -> list[str]:
     """A command line that runs the fake script as algorithm `fake` into `results` beside it."""
     algorithm = f"fake={script}:{settings}" if settings else f"fake={script}"
     results = f"--results={script.parent / 'results'}"
-    return ["--suite=smoke", "--algorithms", algorithm, f"--seeds={seeds}", results]
+    return ["--suite=smoke", "--evaluate=0", "--algorithms", algorithm, f"--seeds={seeds}", results]
 
 
-def planned(script: Path, settings: str = "") -> launcher.Work:
+def planned(script: Path, settings: str = "") -> worker.Work:
     """The one run of `words`, ready to be made."""
     suite = SUITES["smoke"]
-    algorithms = dict([launcher.parse_algorithm(words(script, settings)[2], suite)])
-    (run,) = launcher.make_plan(suite, algorithms, seeds=1)
+    algorithms = dict([plan.parse_algorithm(words(script, settings)[3], suite)])
+    (run,) = plan.make_plan(suite, algorithms, seeds=1)
     run_dir = script.parent / "results" / "smoke" / run.name
-    return launcher.Work(run, run_dir, launcher.settings_of(run), {})
+    return worker.Work(run, run_dir, plan.settings_of(run), {})
 
 
 def refusal(capsys, given: list[str]) -> str:
@@ -124,9 +132,9 @@ def refusal(capsys, given: list[str]) -> str:
 
 def test_every_suite_is_accepted_by_its_scripts():
     for suite in SUITES.values():
-        for run in launcher.make_plan(suite, suite.algorithms, seeds=1):
-            args = launcher.script_args(run.script)(**launcher.settings_of(run))
-            sys.modules[type(args).__module__].check_args(args)
+        for run in plan.make_plan(suite, suite.algorithms, seeds=1):
+            args = plan.script_args(run.script)(**plan.settings_of(run))  # which refuses what cannot work
+            assert args.total_timesteps == run.total_timesteps
 
 
 def test_atari57_is_57_games_that_envpool_has():
@@ -136,17 +144,17 @@ def test_atari57_is_57_games_that_envpool_has():
 
 def test_folders_are_deterministic_and_differ():
     suite = SUITES["control"]
-    plan = launcher.make_plan(suite, suite.algorithms, seeds=2)
-    assert plan == launcher.make_plan(suite, suite.algorithms, seeds=2)
-    assert len({run.name for run in plan}) == len(plan) == 3 * 6 * 2
-    sticky = next(run for run in plan if run.name == "additive/CartPole-v1-sticky0.25/2")
+    planned_runs = plan.make_plan(suite, suite.algorithms, seeds=2)
+    assert planned_runs == plan.make_plan(suite, suite.algorithms, seeds=2)
+    assert len({run.name for run in planned_runs}) == len(planned_runs) == 3 * 6 * 2
+    sticky = next(run for run in planned_runs if run.name == "additive/CartPole-v1-sticky0.25/2")
     assert (sticky.env_id, sticky.flags) == ("CartPole-v1", {"sticky": 0.25, "loss_placement": "additive"})
 
 
 def test_settings_are_typed_and_switches_are_understood(script):
     work = planned(script, "learning-rate=1,anneal=False")
     assert (work.settings["learning_rate"], work.settings["anneal"]) == (1.0, False)
-    assert launcher.flag_words(work.run.flags) == ["--learning-rate=1", "--no-anneal"]
+    assert plan.flag_words(work.run.flags) == ["--learning-rate=1", "--no-anneal"]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +176,7 @@ def test_settings_are_typed_and_switches_are_understood(script):
         (["--suite=smoke", "--executor=slurm", "--time=4", "--dry-run"], ("--time", "4", "at least 5")),
         (["--suite=smoke", "--executor=pbs"], ("--executor", "'pbs'", "slurm")),
         (["--suite=smoke", "--gpus-per-task=-1"], ("--gpus-per-task", "-1", "at least 0")),
+        (["--suite=smoke", "--evaluate=-1"], ("--evaluate", "-1", "at least 0")),
     ],
 )
 def test_bad_input_is_refused_in_one_line(capsys, flags, named):
@@ -219,22 +228,22 @@ def test_estimate_is_for_the_cores_that_the_runs_can_use(
 def test_speed_is_known_with_default_settings_only():
     def cost(flags: dict, cores: int = 1) -> float | None:
         changed = replace(run, flags=flags)
-        return launcher.estimated_seconds(changed, launcher.settings_of(changed), cores)
+        return launcher.estimated_seconds(changed, plan.settings_of(changed), cores)
 
-    run = launcher.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
+    run = plan.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
     seconds = pytest.approx(40_960 / MEASURED_SPS["deep_spi_ppo.py"][0])
     assert cost({}) == cost({}, cores=8) == cost({"sticky": 0.25}) == cost({"chunk_length": "8"}) == seconds
-    for changed in ({"chunk_length": 1}, {"num_envs": 8}, {"spectral_norm": "published"}, {"reward_loss_coef": 0.0}):
+    for changed in ({"chunk_length": 1}, {"num_envs": 8}, {"loss_placement": "gated"}, {"reward_loss_coef": 0.0}):
         assert cost(changed) is cost(changed | {"sticky": 0.25}) is None
 
 
 def test_plan_file_keeps_what_was_planned_earlier(script):
     work = planned(script)
     path = script.parent / "plan.json"
-    launcher.write_plan(path, [work.run])
-    changed = launcher.Run(**vars(work.run) | {"flags": {"seconds": 1}})
-    other = launcher.Run(**vars(work.run) | {"algorithm": "other"})
-    launcher.write_plan(path, [changed, other])
+    plan.write_plan(path, [work.run])
+    changed = plan.PlannedRun(**vars(work.run) | {"flags": {"seconds": 1}})
+    other = plan.PlannedRun(**vars(work.run) | {"algorithm": "other"})
+    plan.write_plan(path, [changed, other])
     assert [(run["algorithm"], run["flags"]) for run in json.loads(path.read_text())] == [
         ("fake", {"seconds": 1}),
         ("other", {}),
@@ -246,10 +255,10 @@ def test_two_launchers_can_plan_into_one_folder_at_a_time(script, monkeypatch):
         time.sleep(0.3)  # after the file was read
         write_json(path, content)
 
-    write_json, run, path = launcher.write_json, planned(script).run, script.parent / "plan.json"
-    monkeypatch.setattr(launcher, "write_json", write_slowly)
+    write_json, run, path = plan.write_json, planned(script).run, script.parent / "plan.json"
+    monkeypatch.setattr(plan, "write_json", write_slowly)
     with ThreadPoolExecutor() as launchers:
-        list(launchers.map(lambda seed: launcher.write_plan(path, [replace(run, seed=seed)]), (1, 2)))
+        list(launchers.map(lambda seed: plan.write_plan(path, [replace(run, seed=seed)]), (1, 2)))
     assert sorted(run["seed"] for run in json.loads(path.read_text())) == [1, 2]
 
 
@@ -258,13 +267,13 @@ def test_two_launchers_can_plan_into_one_folder_at_a_time(script, monkeypatch):
 
 def test_a_finished_run_is_measured_and_never_made_twice(script):
     work = planned(script)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "missing"
-    launcher.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "missing"
+    worker.make_run(*work)
     done = json.loads((work.run_dir / "done.json").read_text())
     assert done == {"steps": STEPS, "minutes": pytest.approx(STEPS / 1000 / 60), "sps": 1000.0}
-    launcher.make_run(*work)
+    worker.make_run(*work)
     assert starts(script) == ["1"]
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
 
 
 @pytest.mark.parametrize(
@@ -279,8 +288,8 @@ def test_a_finished_run_is_measured_and_never_made_twice(script):
 def test_an_incomplete_run_is_an_error_and_not_done(script, behaviour, error):
     work = planned(script, f"behaviour={behaviour}")
     with pytest.raises(RuntimeError, match=error):
-        launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings) == ("broken", "it has no done.json")
+        worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings) == ("broken", "it has no done.json")
 
 
 @pytest.mark.parametrize(
@@ -293,76 +302,79 @@ def test_an_incomplete_run_is_an_error_and_not_done(script, behaviour, error):
 )
 def test_a_broken_run_is_named_moved_aside_and_made_again(script, done, why):
     work = planned(script)
-    launcher.make_run(*work)
+    worker.make_run(*work)
     (work.run_dir / "done.json").unlink()
     (work.run_dir / "remains").touch()
     if done is not None:
         (work.run_dir / "done.json").write_text(done)
-    found = launcher.find(work.run_dir, work.run, work.settings)
+    found = worker.find(work.run_dir, work.run, work.settings)
     assert found.state == "broken" and why in found.why
-    launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
     (aside,) = work.run_dir.parent.glob("1.broken-*")
     assert (aside / "remains").exists() and not (work.run_dir / "remains").exists()
 
 
-RESUMABLE_SCRIPT = FAKE_SCRIPT.replace("mkdir(parents=True)", "mkdir(parents=True, exist_ok='--resume' in sys.argv)")
-RESUMABLE_SCRIPT = RESUMABLE_SCRIPT.replace(
-    "    time.sleep(args.seconds)\n",
-    """    if behaviour == "stop" and "--resume" not in sys.argv:
-        sys.exit(75)
-    if behaviour == "refuse" and "--resume" in sys.argv:
-        sys.exit(2)
-""",
-)
-
-
 def leave_checkpoint(run_dir: Path) -> None:
     """As a run that was interrupted does: a whole checkpoint, no weights, nothing to say it is done."""
-    (run_dir / "checkpoint.pt").write_bytes(hashlib.sha256(b"state").digest() + b"state")
+    with zipfile.ZipFile(run_dir / "checkpoint.pt", "w") as checkpoint:
+        checkpoint.writestr("state", "state")
     for name in ("agent.pt", "done.json"):
         (run_dir / name).unlink()
 
 
 def test_a_run_that_was_told_to_stop_is_resumed_at_once(script):
-    script.write_text(RESUMABLE_SCRIPT)
     work = planned(script, "behaviour=stop")
-    launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
     assert starts(script) == ["1", "1"] and not list(work.run_dir.parent.glob("1.broken-*"))
-    assert launcher.log_path(work.run_dir).read_text().count("--resume") == 1
 
 
 def test_an_interrupted_run_is_resumed(script):
-    script.write_text(RESUMABLE_SCRIPT)
     work = planned(script)
-    launcher.make_run(*work)
+    worker.make_run(*work)
     leave_checkpoint(work.run_dir)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "resumable"
-    launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "finished"
+    assert worker.find(work.run_dir, work.run, work.settings).state == "resumable"
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
     assert not list(work.run_dir.parent.glob("1.broken-*")) and starts(script) == ["1", "1"]
 
 
 def test_a_refused_resume_leaves_the_checkpoint_where_it_is(script):
     """It may be this machine that lacks something, a GPU say; the next one goes on."""
-    script.write_text(RESUMABLE_SCRIPT)
     work = planned(script, "behaviour=refuse")
-    launcher.make_run(*work)
+    worker.make_run(*work)
     leave_checkpoint(work.run_dir)
     with pytest.raises(RuntimeError, match="code 2"):
-        launcher.make_run(*work)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "resumable"
+        worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "resumable"
+
+
+def test_a_run_that_diverged_is_made_again_from_the_start(script):
+    """Gone on with, in fresh environments, it might not diverge; a run that met a full disk goes on."""
+    work = planned(script, "behaviour=diverge")
+    with pytest.raises(RuntimeError, match="value_loss is not finite"):
+        worker.make_run(*work)
+    found = worker.find(work.run_dir, work.run, work.settings)
+    assert found == ("broken", "it diverged: error: stopped at step 2048: losses/value_loss is not finite: nan")
+    with pytest.raises(RuntimeError, match="value_loss is not finite"):
+        worker.make_run(*work)
+    assert len(list(work.run_dir.parent.glob("1.broken-*"))) == 1
+    full = planned(script, "behaviour=full disk")
+    shutil.rmtree(work.run_dir)
+    with pytest.raises(RuntimeError, match="No space left"):
+        worker.make_run(*full)
+    assert worker.find(full.run_dir, full.run, full.settings).state == "resumable"
 
 
 def damage(run_dir: Path) -> None:
-    (run_dir / "checkpoint.pt").write_bytes(b"damaged" * 100)
+    content = bytearray((run_dir / "checkpoint.pt").read_bytes())
+    content[content.index(b"state", 30 + len("state"))] ^= 1  # in the content of its only part, after head and name
+    (run_dir / "checkpoint.pt").write_bytes(content)
 
 
-def diverge(run_dir: Path) -> None:
-    """What a script leaves that met a value that is not finite: weights, and logs that end early."""
-    (run_dir / "agent.pt").write_text("weights from before")
-    shutil.copy(run_dir.parents[4] / "short", run_dir / "events.out.tfevents.1")
+def cut(run_dir: Path) -> None:
+    (run_dir / "checkpoint.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes()[:-1])
 
 
 def change_steps(run_dir: Path) -> None:
@@ -372,21 +384,145 @@ def change_steps(run_dir: Path) -> None:
     (run_dir / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("spoil", [damage, diverge, change_steps])
+@pytest.mark.parametrize("spoil", [damage, cut, change_steps])
 def test_what_should_not_be_resumed_is_made_again(script, spoil):
-    script.write_text(RESUMABLE_SCRIPT)
     work = planned(script)
-    launcher.make_run(*work)
+    worker.make_run(*work)
     leave_checkpoint(work.run_dir)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "resumable"
     spoil(work.run_dir)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "broken"
-    launcher.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "broken"
+    worker.make_run(*work)
     assert len(list(work.run_dir.parent.glob("1.broken-*"))) == 1
+
+
+def test_the_final_policy_plays_new_games_once(tmp_path, capsys):
+    """Of a real script; a run that was finished without them plays them later, and is not made again."""
+    algorithm = "mine=deep_spi_ppo.py:update_epochs=1"
+    command = ["--suite=smoke", "--seeds=1", f"--results={tmp_path}", "--algorithms", algorithm]
+    run_dir = tmp_path / "smoke" / "mine" / "CartPole-v1" / "1"
+    assert launcher.main([*command, "--evaluate=0"]) == 0
+    assert (run_dir / "done.json").exists() and not (run_dir / "evaluation.csv").exists()
+    done = (run_dir / "done.json").read_bytes()
+    for games in (3, 3, 5):
+        assert launcher.main([*command, f"--evaluate={games}"]) == 0
+        rows = (run_dir / "evaluation.csv").read_text().splitlines()[1:]
+        assert len(rows) == games and all(row.startswith("sampled,") for row in rows)
+    assert (run_dir / "done.json").read_bytes() == done
+    assert worker.log_path(run_dir).read_text().count("evaluate.py") == 2
+    assert "1 of 1 runs are finished" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_evaluated_is_finished_all_the_same(script, capsys):
+    """The fake script's weights are no weights."""
+    assert launcher.main([*words(script), "--evaluate=2"]) == 0
+    work = planned(script)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
+    captured = capsys.readouterr()
+    assert "not evaluated: see" in captured.out + captured.err
+    assert "evaluate.py ended with code 2" in worker.log_path(work.run_dir).read_text()
+
+
+def test_what_older_scripts_wrote_is_still_a_finished_run(tmp_path):
+    """With settings that are gone, at the value that scripts have now; and the machine's own choices."""
+    run = plan.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
+    settings, gone = plan.settings_of(run), {"runs_dir": "", "run_name": "1", "resume": False, "device": "auto"}
+    args = settings | gone | {"precision": "auto", "spectral_norm": "exact", "compile": False}
+    for changed, state in (({}, "finished"), ({"spectral_norm": "published"}, "other")):
+        (tmp_path / "config.json").write_text(json.dumps({"script": run.script, "args": args | changed}))
+        (tmp_path / "done.json").write_text(json.dumps({"steps": plan.steps_of(settings)}))
+        assert worker.find(tmp_path, run, settings).state == state
+
+
+def test_device_and_precision_are_compared_only_where_the_plan_names_them():
+    run = plan.make_plan(SUITES["smoke"], {"deep_spi": SUITES["smoke"].algorithms["deep_spi"]}, seeds=1)[0]
+    for flags, said in (({}, ""), ({"precision": "fp32"}, "precision is 'fp32' and was 'bf16'")):
+        named = replace(run, flags=flags)
+        settings = plan.settings_of(named)
+        config = {"script": run.script, "args": settings | {"device": "cuda", "precision": "bf16"}}
+        assert worker.differences(named, settings, config) == said
+
+
+# ---- Scripts that are not ours
+
+
+def test_a_script_that_changes_its_settings_is_told_so_before_the_suite_is_paid_for(script, capsys):
+    """Its run would be complete, and never the planned one. It is stopped at once, and so is the suite."""
+    began = time.monotonic()
+    assert launcher.main([*words(script, "behaviour=change,seconds=60", seeds=5), "--workers=1"]) == 1
+    assert time.monotonic() - began < 40 and starts(script) == ["1"]
+    said = capsys.readouterr().err
+    assert "its settings are not the plan's: learning_rate is 0.1 and was 9.9" in said
+    assert "killed" not in said and "no run of that script can be finished" in said
+
+
+def test_a_path_is_a_setting_like_others(script):
+    setting = '    run_dir: str = ""\n    data: pathlib.Path = pathlib.Path("a")\n'
+    text = FAKE_SCRIPT.replace('    run_dir: str = ""\n', setting)
+    script.write_text(text.replace("json.dumps({", "json.dumps(default=str, obj={"))
+    for settings, data in (("", "a"), ("data=/some/where", "/some/where")):
+        work = planned(script, settings)
+        assert work.settings["data"] == data
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
+
+
+def test_a_module_beside_the_script_is_found_and_is_its_own(script, tmp_path):
+    """Two scripts, each with a helper.py of its own beside it."""
+    for name, rate in (("one", 0.25), ("two", 0.75)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "helper.py").write_text(f"RATE = {rate}\n")
+        text = "from helper import RATE\n" + FAKE_SCRIPT.replace(
+            "learning_rate: float = 0.1", "learning_rate: float = RATE"
+        )
+        (folder / "fake.py").write_text(text)
+        shutil.copy(tmp_path / "whole", folder / "whole")
+        assert planned(folder / "fake.py").settings["learning_rate"] == rate
+    work = planned(tmp_path / "one" / "fake.py")
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
+
+
+def test_a_script_without_a_folder_to_set_is_refused(script, capsys):
+    script.write_text(FAKE_SCRIPT.replace("run_dir: str", "my_dir: str"))
+    assert "run_dir" in refusal(capsys, words(script))
+
+
+def test_the_scripts_own_refusal_is_shown(script, capsys):
+    check = """
+    def __post_init__(self):
+        if self.learning_rate < 0:
+            print("error: --learning-rate: got -1.0; must be at least 0", file=sys.stderr)
+            sys.exit(2)
+
+if __name__ == "__main__":"""
+    script.write_text(FAKE_SCRIPT.replace('if __name__ == "__main__":', check, 1))
+    line = refusal(capsys, words(script, "learning_rate=-1"))
+    assert "--learning-rate: got -1.0; must be at least 0" in line
+
+
+def test_a_slash_in_an_environments_name_is_no_folder():
+    task = replace(SUITES["smoke"].tasks[0], env_id="ALE/Pong-v5")
+    (run,) = plan.make_plan(replace(SUITES["smoke"], tasks=[task]), {"ppo": SUITES["smoke"].algorithms["ppo"]}, seeds=1)
+    assert (run.name, run.env_id) == ("ppo/ALE-Pong-v5/1", "ALE/Pong-v5")
+
+
+def test_the_plan_is_printed_in_any_locale(script):
+    """A Greek letter in an algorithm's folder, and nothing but ASCII in the locale."""
+    folder = script.parent / "α"
+    folder.mkdir()
+    shutil.copy(script, folder / "fake.py")
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "benchmark.run", *words(folder / "fake.py"), "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ascii_only, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "α/fake.py" in done.stdout.decode()
 
 
 def test_a_finished_run_with_other_settings_is_refused(capsys, script):
     work = planned(script)
-    launcher.make_run(*work)
+    worker.make_run(*work)
     for settings, change in (
         ("learning_rate=0.2", "learning_rate is 0.2 and was 0.1"),  # another flag in the plan
         ("anneal=False", "anneal is False and was True"),
@@ -394,11 +530,11 @@ def test_a_finished_run_with_other_settings_is_refused(capsys, script):
         line = refusal(capsys, words(script, settings))
         assert "--results" in line and str(work.run_dir) in line and change in line
     script.write_text(FAKE_SCRIPT.replace("learning_rate: float = 0.1", "learning_rate: float = 0.3"))
-    launcher.script_args.cache_clear(), launcher.parse_flags.cache_clear()
+    plan.script_args.cache_clear(), plan.parse_flags.cache_clear()
     line = refusal(capsys, words(script))  # the script has another default now
     assert "learning_rate is 0.3 and was 0.1" in line
     with pytest.raises(RuntimeError, match="other settings"):
-        launcher.make_run(*planned(script))
+        worker.make_run(*planned(script))
     assert starts(script) == ["1"]
 
 
@@ -407,27 +543,27 @@ def test_environment_of_a_run(script, monkeypatch):
     show = "import os; print({n: os.environ.get(n) for n in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')})\n"
     script.write_text(FAKE_SCRIPT + f"    {show}")
     work = planned(script)
-    launcher.make_run(*work[:3], {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": None})
-    log = launcher.log_path(work.run_dir).read_text()
+    worker.make_run(*work[:3], {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": None})
+    log = worker.log_path(work.run_dir).read_text()
     assert "{'OMP_NUM_THREADS': '3', 'CUDA_VISIBLE_DEVICES': None}" in log
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a script outlives its worker, and is waited for")
 def test_a_killed_worker_takes_its_script_along_and_frees_the_run(script):
     work = planned(script, "seconds=60")
-    assert not launcher.is_being_made(work.run_dir)
-    worker = multiprocessing.get_context("spawn").Process(target=launcher.make_run, args=work)
-    worker.start()
+    assert not worker.is_being_made(work.run_dir)
+    process = multiprocessing.get_context("spawn").Process(target=worker.make_run, args=work)
+    process.start()
     deadline = time.monotonic() + 30
     while not starts(script) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert starts(script) == ["1"] and launcher.is_being_made(work.run_dir)
-    worker.kill()
-    worker.join()
-    while launcher.is_being_made(work.run_dir) and time.monotonic() < deadline:
+    assert starts(script) == ["1"] and worker.is_being_made(work.run_dir)
+    process.kill()
+    process.join()
+    while worker.is_being_made(work.run_dir) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not launcher.is_being_made(work.run_dir)
-    assert launcher.find(work.run_dir, work.run, work.settings).state == "broken"
+    assert not worker.is_being_made(work.run_dir)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "broken"
 
 
 # ---- All runs
@@ -449,8 +585,8 @@ def test_local_runs_to_the_end_names_what_failed_and_continues(script):
     assert "FAILED fake/CartPole-v1/2" in done.stderr and "the world model has melted" in done.stderr
     assert "1 of 2 runs are finished" in done.stdout and "2/2" in done.stderr  # the bar counts runs
     assert sorted(starts(script)) == ["1", "2"]
-    plan = json.loads((script.parent / "results" / "smoke" / "plan.json").read_text())
-    assert [(run["label"], run["seed"]) for run in plan] == [("CartPole-v1", 1), ("CartPole-v1", 2)]
+    written = json.loads((script.parent / "results" / "smoke" / "plan.json").read_text())
+    assert [(run["label"], run["seed"]) for run in written] == [("CartPole-v1", 1), ("CartPole-v1", 2)]
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert again.returncode == 1

@@ -1,11 +1,11 @@
-"""Tests of benchmark/confounding_mechanism.py: falls are put down to their causes, and runs are made once."""
+"""Tests of benchmark/studies/confounding_mechanism.py: falls are put down to their causes, and runs are made once."""
 
 import numpy as np
 import pytest
 
 import confounding_gridworld as cg
-from benchmark import confounding
-from benchmark import confounding_mechanism as mechanism
+from benchmark.studies import confounding
+from benchmark.studies import confounding_mechanism as mechanism
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_curves_are_of_the_two_critical_states(history):
 
 def test_runs_are_made_once_and_told(history, tmp_path, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(confounding, "RESULTS", tmp_path)
+    monkeypatch.setattr(confounding, "FOLDER", tmp_path)
     monkeypatch.setattr(confounding, "SEEDS", range(1, 3))
     monkeypatch.setattr(cg, "train", lambda args: made.append(args) or ({}, history))
     mechanism.main(["--workers", "1"])

@@ -1,4 +1,4 @@
-"""Tests of benchmark/confounding.py: which runs the study makes, keeps and skips, and what its summary says of them."""
+"""The study of confounding updates: which runs the study makes, keeps and skips, and what its summary says of them."""
 
 import csv
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import confounding_gridworld as cg
-from benchmark import confounding
+from benchmark.studies import confounding
 
 
 def rows_of(path):
@@ -20,7 +20,7 @@ def rows_of(path):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder for the results in place of the committed one, not made yet."""
-    monkeypatch.setattr(confounding, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(confounding, "FOLDER", tmp_path / "results")
     return tmp_path / "results"
 
 
@@ -61,7 +61,7 @@ def test_the_grid_is_the_study_of_the_issue():
     deep_spi = {(run.reward_loss_coef, run.transition_loss_coef) for run in runs if run.method == "deep_spi"}
     assert {(0.01, 0.0005), (1.0, 1.0)} < deep_spi
     for run in runs:
-        cg.check_args(run)
+        run.__post_init__()
         assert run.total_timesteps == 120_000
 
 
@@ -119,7 +119,7 @@ def test_a_run_with_other_settings_is_made_again_and_not_summed_up(made, folder,
     monkeypatch.setitem(confounding.CENTRE, "start_up", 0.001)
     confounding.main(["--workers", "1"])
     monkeypatch.undo()
-    monkeypatch.setattr(confounding, "RESULTS", folder)
+    monkeypatch.setattr(confounding, "FOLDER", folder)
     assert confounding.by_setting(confounding.read_runs()) == {}
 
 

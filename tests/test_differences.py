@@ -1,23 +1,14 @@
-"""Tests of benchmark/differences.py against scipy's own tests and against repetition."""
+"""Differences of algorithms against scipy's own tests and against repetition."""
 
 import numpy as np
+import pytest
 from scipy import stats
 
-from benchmark.differences import (
-    ALL,
-    FINAL,
-    LAST,
-    LEVEL,
-    POWER,
-    SEED,
-    difference,
-    placement_difference_table,
-    placement_score_table,
-    read_scores,
-    score_table,
-    visible_effect,
-)
-from benchmark.synthetic import make_suite
+from benchmark.report import differences
+from benchmark.report.scores import ALL, FINAL, LAST, LEVEL, POWER, SEED, cell, difference, read_scores, visible_effect
+from benchmark.studies.control import placement_difference_table, placement_score_table
+from benchmark.studies.early import score_table
+from tests.synthetic import make_suite
 
 
 def test_difference_is_welchs():
@@ -76,10 +67,8 @@ def test_placement_tables_have_the_numbers_of_their_own_task():
     rows = placement_difference_table(scores).splitlines()[2:]
     seen = visible_effect(np.array([6.0, 8.0]), np.array([1.0, 3.0]))
     p = [2 * stats.t.sf(far / np.sqrt(2), 2) for far in (5, 3)]
-    differences = (
-        f"+5.0 [-1.1, +11.1], p {p[0]:.3f} |  | {seen:.1f} | +3.0 [-3.1, +9.1], p {p[1]:.3f} |  | {seen:.1f} |"
-    )
-    assert rows[0] == f"| A | {LAST} | {differences}"
+    expected = f"+5.0 [-1.1, +11.1], p {p[0]:.3f} |  | {seen:.1f} | +3.0 [-3.1, +9.1], p {p[1]:.3f} |  | {seen:.1f} |"
+    assert rows[0] == f"| A | {LAST} | {expected}"
     assert "| +1.5 [-1.5, +4.5], p 0.168 | [-11.2, +14.2] |" in rows[1]  # 2.5 and 0.5: a half width of 12.706
     assert rows[2].startswith(f"| B | {LAST} | +50.0 [-10.8, +110.8], p {p[0]:.3f} |  | {10 * seen:.1f} |")
 
@@ -105,3 +94,28 @@ def test_a_final_policy_counts_by_its_sampled_games_once_every_seed_was_evaluate
     assert f"| ppo | 2 |  | {algorithms['ppo'][LAST].mean():.0f} [" in score_table({task: algorithms})
     (second / "evaluation.csv").write_text("policy,return,length,ended\nsampled,7,1,1\n")
     np.testing.assert_array_equal(read_scores(tmp_path)[task]["ppo"][FINAL], [1.5, 7.0])
+
+
+def test_any_suite_has_a_table_against_a_baseline(tmp_path, capsys):
+    make_suite(tmp_path, games=2, algorithms=3, seeds=3, steps=1_000_000)
+    differences.main([str(tmp_path)])
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()]
+    assert "less ppo" in rows[0] and len(rows) == 2 + 2 * 3
+    scores = read_scores(tmp_path)
+    task, outcome, name, seeds, _, compared, _ = rows[3]
+    a, b = scores[task][name][outcome], scores[task]["ppo"][outcome]
+    assert (outcome, name, seeds) == (LAST, "made_up_2", "3")
+    assert compared.startswith(f"{a.mean() - b.mean():+,.1f} [")
+    differences.main([str(tmp_path), "--baseline", "made_up_3"])
+    assert "less made_up_3" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused:
+        differences.main([str(tmp_path), "--baseline", "absent"])
+    assert refused.value.code == 2 and "made_up_2" in capsys.readouterr().err
+
+
+def test_no_difference_is_negative_zero():
+    a, b = np.array([1.0, 2.0]), np.array([1.0, 2.0 + 1e-9])
+    assert cell(*difference(a, b), "+z.1f").startswith("+0.0 [")
+    scores = {"A": {name: {LAST: a, ALL: a, SEED: np.arange(2)} for name in ("ppo", "additive", "deep_spi")}}
+    scores["A"]["ppo"] = scores["A"]["ppo"] | {LAST: b}
+    assert "-0.0" not in placement_difference_table(scores) + placement_score_table(scores)

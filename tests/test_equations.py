@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from benchmark.plain import PlainTransitionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +14,6 @@ import deep_spi_ppo
 import deep_spi_ppo_atari
 import deepmdp_ppo_atari
 import ppo_baseline
-from benchmark.plain import PlainTransitionModel
 
 M, A = 12, 6
 

@@ -105,7 +105,7 @@ def test_a_task_whose_time_is_nearly_up_is_requeued_and_goes_on_from_its_checkpo
     assert process.returncode == 0, err
     assert "1 of 1 runs are finished" in out and "FAILED" not in err
     (leg,) = json.loads((folder / "1" / "config.json").read_text())["resumes"]
-    assert 0 < leg["global_step"] < 40_960
+    assert 0 < leg < 40_960
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["1"]  # nothing was moved aside
 
 

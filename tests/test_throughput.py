@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deep_spi_ppo_atari
 import ppo_baseline
-from benchmark import plain, throughput, throughput_figures
+from benchmark.peers import plain
+from benchmark.studies import throughput
 
 
 @pytest.mark.parametrize("script", [ppo_baseline, deep_spi_ppo_atari])
@@ -21,15 +22,16 @@ def test_plain_form_trains_to_the_same_weights(script, monkeypatch, tmp_path):
     small = "--num-envs 4 --num-steps 8 --total-timesteps 32 --chunk-length 1 --device cpu --seed 3 --precision fp32"
 
     def weights(name):
-        flags = [*small.split(), "--runs-dir", str(tmp_path), "--run-name", name]
+        flags = [*small.split(), "--run-dir", str(tmp_path / name)]
         script.train(tyro.cli(script.Args, args=flags))
         return torch.load(tmp_path / name / "agent.pt", weights_only=True)
 
     torch.manual_seed(3)
-    start = dict(script.Agent(6, *(("exact", torch.Generator()) if script is deep_spi_ppo_atari else ())).state_dict())
+    start = dict(script.Agent(6).state_dict())
     fast = weights("fast")
     monkeypatch.setattr(script, "Agent", script.Agent)  # so that both are put back after the test
     monkeypatch.setattr(deep_spi_ppo_atari, "TransitionModel", deep_spi_ppo_atari.TransitionModel)
+    monkeypatch.setattr(script, "ctypes", script.ctypes)
     plain.make_plain(script)
     same = weights("plain")
     assert fast.keys() == same.keys()
@@ -39,18 +41,21 @@ def test_plain_form_trains_to_the_same_weights(script, monkeypatch, tmp_path):
 
 
 def test_frozen_games_are_like_the_real_ones():
-    args = ppo_baseline.Args(num_envs=3)
-    real, frozen = ppo_baseline.make_envs(args), throughput.FrozenEnvs(args)
-    assert real.reset()[0].shape == frozen.reset()[0].shape
-    actions = torch.zeros(3, dtype=torch.int32).numpy()
-    for ours, theirs in zip(frozen.step(actions)[:4], real.step(actions)[:4], strict=True):
-        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert throughput.FrozenEnvs(args).info.keys() <= real.step(actions)[4].keys()
+    args = ppo_baseline.Args(num_envs=4, device="cpu")
+    real, frozen = ppo_baseline.Games(args), throughput.FrozenGames(args)
+    assert real.num_actions == frozen.num_actions
+    first, last = real.reset(), frozen.reset()
+    assert (first.shape, first.dtype, first.stride()) == (last.shape, last.dtype, last.stride())
+    *ours, ended = frozen.step(torch.zeros(4, dtype=torch.int64))
+    *theirs, _ = real.step(torch.zeros(4, dtype=torch.int64))
+    assert ended == {} and len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our.shape, our.dtype) == (their.shape, their.dtype)
 
 
 def test_ratios_are_of_cases_that_are_measured():
     measured = {*throughput.cases(), "stable_baselines3 A=6", *(f"stages A={a}" for a in throughput.GAMES)}
-    for above, below in throughput_figures.RATIOS.values():
+    for above, below in throughput.RATIOS.values():
         assert {above[0], below[0]} <= measured
 
 
@@ -65,39 +70,38 @@ def test_tables_of_two_rounds(tmp_path):
         table = csv.writer(file)
         table.writerow(("round", "case", "measure", "value"))
         table.writerows((i + 1, *key, pair[i]) for key, pair in values.items() for i in (0, 1))
-    ratios = throughput_figures.ratio_table(tmp_path)
+    ratios = throughput.ratio_table(tmp_path)
     assert "Stable-Baselines3's PPO (float32), A = 6 | 3.00 | 2.00 to 4.00 | 2 |" in ratios
     assert "A = 4" not in ratios  # which no case had
     # (2e12 / 1e11 + 1 second) at best, 1024 / 30 seconds measured
-    assert "| ppo_baseline A=6 | 30 | 1.25 | 8.0 | 62 % |" in throughput_figures.speed_table(tmp_path)
+    assert "| ppo_baseline A=6 | 30 | 1.25 | 8.0 | 62 % |" in throughput.speed_table(tmp_path)
 
 
 def test_operations_are_those_of_the_scripts():
     """torch counts the same for the baseline, and for Deep SPI some more: σ, kernels picked, patches moved."""
 
-    def counted(script, *settings):
-        agent = script.Agent(6, *settings)
+    def counted(script, world_model):
+        agent, args = script.Agent(6), script.Args(device="cpu")
         fields = {"actions": torch.arange(256) % 6, "old_log_probs": torch.zeros(256, 6), "mask": torch.ones(256)}
         fields |= dict.fromkeys(("rewards", "advantages", "returns"), torch.zeros(256))
-        batch = script.Minibatch(*(fields[name] for name in script.Minibatch._fields))
-        obs = torch.zeros((288 if settings else 256, 84, 84, 4), dtype=torch.uint8)
+        fields["obs"] = torch.zeros((32, 8 + world_model, 84, 84, 4), dtype=torch.uint8)
+        batch = script.Transitions(*(fields[name] for name in script.Transitions._fields))
+        noise = (torch.zeros(256, *agent.transition_model.noise_shape),) if world_model else ()
         with FlopCounterMode(display=False) as update:
-            z = agent.encode(obs)
-            extra = (z[32:], torch.zeros(256, *agent.transition_model.noise_shape)) if settings else ()
-            script.compute_loss(agent, batch, z[:256], *extra, script.Args())[0].backward()
+            script.compute_loss(agent, batch, args, *noise)[0].backward()
         with FlopCounterMode(display=False) as rollout, torch.no_grad():
-            agent.policy_and_value(agent.encode(obs[:128]))
+            agent.policy_and_value(agent.encode(fields["obs"].flatten(0, 1)[:128]))
         return 16 * update.get_total_flops() + 9 * rollout.get_total_flops()
 
-    assert throughput.iteration_flops(False, 6) == pytest.approx(counted(ppo_baseline), rel=0.01)
-    ratio = counted(deep_spi_ppo_atari, "exact", torch.Generator()) / throughput.iteration_flops(True, 6)
+    assert throughput.iteration_flops(False, 6) == pytest.approx(counted(ppo_baseline, False), rel=0.01)
+    ratio = counted(deep_spi_ppo_atari, True) / throughput.iteration_flops(True, 6)
     assert 1 < ratio < 1.2
 
 
 @pytest.mark.slow
 def test_one_case_from_start_to_end():
     # In a process of its own, as this one may be larger than the case, whose peak memory could then not be told.
-    code = "from benchmark.throughput import *; "
+    code = "from benchmark.studies.throughput import *; "
     code += "print(json.dumps(run(Case(('ppo_baseline.py', '--num-envs', '128', '--num-steps', '8'), 6, 1))))"
     done = subprocess.run([sys.executable, "-c", code], cwd=throughput.ROOT, check=True, capture_output=True, text=True)
     result = json.loads(done.stdout)

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmark.report_runs import read_known_scores
+from benchmark.report.runs import read_known_scores
 from benchmark.studies import whole_games
 from benchmark.studies.whole_games import GAMES, LENGTHS, POLICIES, Rows, measure
 

@@ -28,9 +28,9 @@ from pathlib import Path
 import envpool
 import numpy as np
 
-from benchmark.collect import markdown, mean_interval, read_table
-from benchmark.confounding import append_row, provenance
-from benchmark.report_runs import read_known_scores
+from benchmark.common import markdown, mean_interval, read_table
+from benchmark.report.runs import read_known_scores
+from benchmark.studies.confounding import append_row, provenance
 
 ROOT = Path(__file__).parent.parent.parent
 CSV, DOCUMENT = ROOT / "benchmark" / "results" / "whole_games.csv", ROOT / "docs" / "environments.md"
@@ -436,7 +436,7 @@ def main() -> None:
     args = parser.parse_args()
     for game in args.games:
         if game not in GAMES:
-            refuse(f"--games: got {game}; it is none of the 57 in benchmark/atari57_scores.csv")
+            refuse(f"--games: got {game}; it is none of the 57 in benchmark/report/atari57_scores.csv")
     if args.seed < 0:
         refuse(f"--seed: got {args.seed}; must not be negative")
     if args.write_docs:

@@ -1,4 +1,4 @@
-"""What happens when V falls: python -m benchmark.confounding_mechanism
+"""What happens when V falls: python -m benchmark.studies.confounding_mechanism
 
 Exploratory: thought of when a third of the study's runs (`benchmark.confounding`) had been seen. The study's runs at
 the centre are made again, as they come out the same every time, and looked at after every iteration: the probability of
@@ -25,8 +25,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import confounding_gridworld as cg
-from benchmark import confounding
-from benchmark.collect import markdown, read_table
+from benchmark.common import markdown, read_table
+from benchmark.studies import confounding
 
 MERGED = 0.5  # relative distance of the two '!'
 MEASURES = {
@@ -80,7 +80,7 @@ def curves(history: cg.History, world: cg.Gridworld) -> dict[str, np.ndarray]:
 
 def make_runs(workers: int) -> int:
     """Make the runs that the tables lack, and return how many failed."""
-    folder = confounding.RESULTS
+    folder = confounding.FOLDER
     made = {(row["method"], int(row["seed"])) for row in read_table(folder / "mechanism.csv")}
     runs = [confounding.run_args("centre", method, seed) for seed in confounding.SEEDS for method in cg.METHODS]
     missing = [(f"{cg.METHODS[a.method]}, seed {a.seed}", a) for a in runs if (a.method, a.seed) not in made]
@@ -143,16 +143,16 @@ def main(arguments: list[str] | None = None) -> None:
     """The runs that are missing, then table and picture."""
     whole = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "python -m benchmark.confounding_mechanism", description=__doc__, formatter_class=whole
+        "python -m benchmark.studies.confounding_mechanism", description=__doc__, formatter_class=whole
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: one per core)")
     workers = parser.parse_args(arguments).workers
     if workers < 1:
         confounding.refuse(f"--workers: got {workers}; must be at least 1")
-    confounding.RESULTS.mkdir(parents=True, exist_ok=True)
+    confounding.FOLDER.mkdir(parents=True, exist_ok=True)
     failed = make_runs(workers)
-    draw(confounding.RESULTS)
-    print(table(confounding.RESULTS))
+    draw(confounding.FOLDER)
+    print(table(confounding.FOLDER))
     if failed:
         raise SystemExit(1)
 

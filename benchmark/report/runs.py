@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmark.collect import CIRCUMSTANCES
-from benchmark.learning_curve import running_mean
+from benchmark.common import CIRCUMSTANCES, read_table, running_mean
 
 WINDOW = 100  # episodes
 CURVE_POINTS = 50
@@ -21,7 +20,7 @@ Key = tuple[str, str, int]  # algorithm, task, seed
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run. Scores are nan if no episode has ended."""
 
     algorithm: str
@@ -35,6 +34,7 @@ class Run:
     best_window: float  # largest mean return of 100 consecutive episodes
     best_episode: float  # largest return
     began_early: float  # share of the last 100 episodes that began in the run's first half
+    final: float  # mean return of the games that the final policy played anew, actions sampled; nan if it played none
 
     @property
     def key(self) -> Key:
@@ -42,8 +42,8 @@ class Run:
 
     @property
     def game(self) -> str:
-        """`Pong` of `Pong-v5`."""
-        return re.sub(r"-v\d+$", "", self.config["args"]["env_id"])
+        """`Pong` of `Pong-v5`, or of `ALE/Pong-v5`."""
+        return re.sub(r"-v\d+$", "", self.config["args"]["env_id"].rpartition("/")[2])
 
     @property
     def episodes(self) -> int:
@@ -59,7 +59,7 @@ class Run:
 class Results:
     """All that a suite's folder holds."""
 
-    runs: list[Run]
+    runs: list[FinishedRun]
     plan: list[Key] | None  # the runs to expect
     unfinished: list[Key]  # without done.json
     unreadable: dict[str, str]  # finished, but not to be trusted: folder → why
@@ -78,6 +78,32 @@ class Results:
         """Tasks that are games with known scores."""
         games = {run.task: run.game for run in self.runs}
         return [task for task, game in games.items() if game in read_known_scores()]
+
+    @functools.cached_property
+    def by_final_policy(self) -> bool:
+        """Whether runs are scored by what their final policies played anew: if all of them did."""
+        return not any(np.isnan(run.final) for run in self.runs)
+
+    def score(self, run: FinishedRun) -> float:
+        """A run's score: like that of all others."""
+        return run.final if self.by_final_policy else run.last
+
+    @property
+    def score_name(self) -> str:
+        return "final policy" if self.by_final_policy else f"last {WINDOW} episodes"
+
+    def unlike_envs(self, tasks: Iterable[str]) -> str:
+        """Says which numbers of environments the algorithms have on these tasks, if not the same; else nothing.
+
+        Among more environments the games that have ended by a step are the shorter ones, and of older policies.
+        """
+        found = defaultdict(set)
+        for run in self.runs:
+            if run.task in set(tasks):
+                found[run.algorithm].add(run.config["args"].get("num_envs", 1))
+        if len(set().union(*found.values())) < 2:
+            return ""
+        return ", ".join(f"{name}: {' or '.join(map(str, sorted(numbers)))}" for name, numbers in found.items())
 
     def name(self, keys: Iterable[Key]) -> str:
         """Runs in few words, see `name_runs`."""
@@ -114,7 +140,7 @@ def curve_of(ends: np.ndarray, returns: np.ndarray, points: np.ndarray) -> np.nd
     return means[np.searchsorted(ends, points, side="right")]
 
 
-def curve_points(runs: Iterable[Run]) -> np.ndarray:
+def curve_points(runs: Iterable[FinishedRun]) -> np.ndarray:
     """Equally spaced steps up to the end of the shortest run, (CURVE_POINTS,)."""
     return np.linspace(0, min(run.done["steps"] for run in runs), CURVE_POINTS + 1)[1:]
 
@@ -127,11 +153,12 @@ def need(keys: set[str], content: object, name: str) -> None:
         raise ValueError(f"{name} lacks {', '.join(sorted(lacking))}")
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> FinishedRun:
     """A finished run with its scores. Raises FileNotFoundError, or ValueError for files that cannot be right."""
-    config, done = (json.loads((folder / name).read_text()) for name in ("config.json", "done.json"))
-    need({"script", "args", "versions", *CIRCUMSTANCES}, config, "config.json")
+    config, done = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "done.json"))
+    need({"script", "args", "versions"}, config, "config.json")
     need({"env_id", "total_timesteps"}, config["args"], "args of config.json")
+    need(set(CIRCUMSTANCES), config["args"] | config, "config.json")
     need(set(), config["versions"], "versions of config.json")
     numbers = {"steps", "minutes", "sps"}
     need(numbers, done, "done.json")
@@ -150,13 +177,23 @@ def read_run(folder: Path) -> Run:
         whole_windows = running_mean(returns, WINDOW)[min(WINDOW, len(returns)) - 1 :]
         scores = [returns[-WINDOW:].mean(), whole_windows.max(), returns.max(), (starts < done["steps"] / 2).mean()]
     algorithm, task, seed = folder.parts[-3:]
-    return Run(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores))
+    return FinishedRun(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores), read_final(folder))
+
+
+def read_final(folder: Path) -> float:
+    """Mean return of the sampled policy's games in evaluation.csv, if there are any: else nan. Raises ValueError."""
+    games = [float(row["return"]) for row in read_table(folder / "evaluation.csv") if row["policy"] == "sampled"]
+    if not np.isfinite(games).all():
+        raise ValueError("in evaluation.csv a return is not a finite number")
+    return float(np.mean(games)) if games else np.nan
 
 
 def read_plan(path: Path) -> list[Key]:
     """The runs to expect. Raises ValueError that names the file."""
     try:
-        return [(row["algorithm"], row["label"], int(row["seed"])) for row in json.loads(path.read_text())]
+        return [
+            (row["algorithm"], row["label"], int(row["seed"])) for row in json.loads(path.read_text(encoding="utf-8"))
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a list of runs: {error!r}") from None
 

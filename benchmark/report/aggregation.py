@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from rliable import library, metrics
 
-from benchmark.collect import mean_interval
-from benchmark.report_runs import Run, name_runs
+from benchmark.common import mean_interval
+from benchmark.report.runs import FinishedRun, name_runs
 
 METRICS = ("IQM", "median", "mean", "optimality gap")
 
@@ -25,7 +25,7 @@ class Rectangle(NamedTuple):
     remarks: list[str]  # what was left out for it
 
 
-def choose_rectangle(runs: list[Run], tasks: list[str], purpose: str) -> Rectangle:
+def choose_rectangle(runs: list[FinishedRun], tasks: list[str], purpose: str) -> Rectangle:
     """Of `tasks`, those on which every algorithm has a run, and per algorithm the seeds that have all of them."""
     has = defaultdict(set)
     for run in runs:
@@ -49,7 +49,9 @@ def choose_rectangle(runs: list[Run], tasks: list[str], purpose: str) -> Rectang
     return Rectangle(kept, seeds, remarks)
 
 
-def matrices(runs: list[Run], rectangle: Rectangle, value: Callable[[Run], np.ndarray]) -> dict[str, np.ndarray]:
+def matrices(
+    runs: list[FinishedRun], rectangle: Rectangle, value: Callable[[FinishedRun], np.ndarray]
+) -> dict[str, np.ndarray]:
     """Per algorithm the values of its runs, (seeds, tasks, ...)."""
     by_key = {run.key: run for run in runs}
     return {
@@ -103,7 +105,7 @@ def bounds(estimated: Estimate, i: int) -> tuple[float, float, float]:
 
 def number(value: float) -> str:
     """A number as a table shows it: four digits, but whole from 1,000 on, and never more than three decimals."""
-    return f"{value:,.{sum(abs(value) < size for size in (10, 100, 1000))}f}"
+    return f"{value:z,.{sum(abs(value) < size for size in (10, 100, 1000))}f}"
 
 
 def with_interval(estimated: Estimate, i: int) -> str:

@@ -1,4 +1,4 @@
-"""The straightforward form of an Atari script: python -m benchmark.plain SCRIPT [the script's own flags]
+"""The straightforward form of an Atari script: python -m benchmark.peers.plain SCRIPT [the script's own flags]
 
 What the scripts do to be fast is undone here: float32 frames in (N, C, H, W) order, minibatches of independent
 transitions with both frames encoded, a transition model that computes every action's outputs and keeps one, as the
@@ -8,6 +8,7 @@ GroupSort is the script's. `benchmark.throughput` compares with it, and the test
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +24,20 @@ class PlainTransitionModel(deep_spi_ppo_atari.TransitionModel):
     """P̄ with the outputs of all A actions computed in one grouped convolution, of which the taken action's are kept."""
 
     def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """One sample z̄' of P̄(·|z, a), (B, 7, 7, 64), from z (B, 7, 7, 64), actions (B,), noise (B, 16, 5, 4 x 49)."""
+        """A sample z̄' (B, h, w, C) of P̄(·|z, a), for z (B, h, w, C), actions (B,) and noise ε (B, *noise_shape)."""
+        h, w, C = z.shape[1:]
         padded = F.pad(z.permute(0, 3, 1, 2), (0, 1, 0, 1))
-        hidden = F.conv2d(padded, self.hidden.normalized_weight(), self.hidden.bias)  # (B, 128, 7, 7)
-        hidden = hidden.unflatten(1, (64, 2)).sort(dim=2).values.flatten(1, 2)
+        hidden = F.conv2d(padded, self.hidden.normalized_weight(), self.hidden.bias)  # (B, 2C, h, w)
+        hidden = hidden.unflatten(1, (C, 2)).sort(dim=2).values.flatten(1, 2)
         padded = F.pad(hidden, (0, 1, 0, 1))
-        outputs = F.conv2d(padded, self.components.normalized_weight(), self.components.bias, groups=16)
+        outputs = F.conv2d(padded, self.components.normalized_weight(), self.components.bias, groups=self.G)
         rows = torch.arange(len(z), device=z.device)
-        outputs = outputs.unflatten(1, (64, 5, 2, self.num_actions))[rows, :, :, :, actions]  # (B, 64, 5, 2, 7, 7)
-        loc, scale = 0.5 * outputs[:, :, :, 0], 0.5 * F.softplus(outputs[:, :, :, 1])  # (B, 64, 5, 7, 7)
+        outputs = outputs.unflatten(1, (C, self.K, 2, self.A))[rows, :, :, :, actions]  # (B, C, K, 2, h, w)
+        loc, scale = 0.5 * outputs[:, :, :, 0], 0.5 * F.softplus(outputs[:, :, :, 1])  # (B, C, K, h, w)
         flat = hidden.permute(0, 2, 3, 1).flatten(1)
         logits = F.linear(flat, self.mixture.normalized_weight(), self.mixture.bias)
-        weights = logits.unflatten(1, (5, self.num_actions))[rows, :, actions].softmax(-1)  # (B, 5)
-        noise = noise.view(-1, 16, 5, 4, 7, 7).transpose(2, 3).flatten(1, 2)  # (B, 64, 5, 7, 7)
+        weights = logits.unflatten(1, (self.K, self.A))[rows, :, actions].softmax(-1)  # (B, K)
+        noise = noise.view(-1, self.G, self.K, C // self.G, h, w).transpose(2, 3).flatten(1, 2)  # (B, C, K, h, w)
         components = loc + scale * noise.clamp(-1, 1)
         return (weights[:, None, :, None, None] * components).sum(2).permute(0, 2, 3, 1)
 
@@ -44,15 +46,16 @@ def make_plain(script):
     """Put the plain encoder and transition model in place of the script module's own. Returns the module."""
 
     class PlainAgent(script.Agent):
-        def __init__(self, *settings):
-            super().__init__(*settings)
+        def __init__(self, num_actions: int):
+            super().__init__(num_actions)
             self.encoder.to(memory_format=torch.contiguous_format)
 
         def encode(self, obs: Tensor) -> Tensor:
             frames = obs.permute(0, 3, 1, 2).contiguous()  # the script has them channels last; about 1 % of an update
             return self.encoder(frames.float() / 255).permute(0, 2, 3, 1)
 
-    script.Agent, script.keep_freed_memory = PlainAgent, lambda: None
+    script.Agent = PlainAgent
+    script.ctypes = SimpleNamespace(CDLL=lambda _: None)  # without mallopt: freed memory goes back to the system
     if hasattr(script, "TransitionModel"):
         script.TransitionModel = PlainTransitionModel
     return script

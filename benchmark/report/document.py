@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from benchmark.collect import markdown
+from benchmark.common import markdown
 
 
 class Heading(NamedTuple):
@@ -83,13 +83,16 @@ def block_as_html(block: Block) -> str:
 
 def write_documents(blocks: list[Block], out: Path) -> None:
     """report.md and report.html in the folder `out`. The first block is the title."""
-    (out / "report.md").write_text("\n\n".join(block_as_markdown(block) for block in blocks) + "\n")
+    (out / "report.md").write_text("\n\n".join(block_as_markdown(block) for block in blocks) + "\n", encoding="utf-8")
     head = f'<meta charset="utf-8">\n<title>{html.escape(blocks[0].text)}</title>\n<style>\n{STYLE}\n</style>'
     body = "\n".join(block_as_html(block) for block in blocks)
     page = f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
-    (out / "report.html").write_text(page)
+    (out / "report.html").write_text(page, encoding="utf-8")
 
 
 def write_csv(path: Path, records: list[dict]) -> None:
     """A table as CSV, nan as an empty cell."""
-    pd.DataFrame(records).to_csv(path, index=False, lineterminator="\n", float_format="%.10g")
+    table = pd.DataFrame(records)
+    numbers = table.select_dtypes("float").columns
+    table[numbers] += 0.0  # so that no -0 is left
+    table.to_csv(path, index=False, lineterminator="\n", float_format="%.10g")

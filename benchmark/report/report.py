@@ -2,7 +2,7 @@
 
 DIR is a suite's folder as benchmark.run fills it: ALGORITHM/TASK/SEED/ with config.json, episodes.csv and, once the run
 is finished, done.json; plan.json, if it is there, lists the runs to expect. Written: report.md, the same as one
-self-contained report.html, CSV tables and PNG pictures. Needs requirements-benchmark.txt.
+self-contained report.html, CSV tables, and pictures as PNG and, for print, as PDF. Needs requirements-benchmark.txt.
 
 Nothing uneven is averaged silently: what is missing, left out, or not the same everywhere stands in the first section.
 """
@@ -14,15 +14,25 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark import report_statistics as statistics
-from benchmark.collect import circumstances, settings_text
-from benchmark.report_document import Block, Bullets, Heading, Picture, Table, Text, write_csv, write_documents
-from benchmark.report_pictures import draw_bars, draw_curves
-from benchmark.report_runs import WINDOW, Results, Run, curve_of, curve_points, read_known_scores, read_results
-from benchmark.report_statistics import METRICS, Rectangle, as_record, curve_records, number, with_interval
-from benchmark.report_uneven import remarks_on
+from benchmark.common import circumstances, settings_text
+from benchmark.report import aggregation
+from benchmark.report.aggregation import METRICS, Rectangle, as_record, curve_records, number, with_interval
+from benchmark.report.document import Block, Bullets, Heading, Picture, Table, Text, write_csv, write_documents
+from benchmark.report.pictures import draw_bars, draw_curves
+from benchmark.report.runs import WINDOW, FinishedRun, Results, curve_of, curve_points, read_known_scores, read_results
+from benchmark.report.uneven import remarks_on
 
 PROFILE_POINTS = 81
+CURVES = "Learning curves"
+NO_CURVE = (
+    "Not drawn: among more environments the games that have ended by a step are the shorter ones, and began with older "
+    "policies, so that such curves compare with nobody's. Environments: "
+)
+SCORES = {
+    True: "A run's score is the mean return of its final policy in the games that it played after training, actions "
+    "sampled.",
+    False: f"A run's score is the mean return of its last {WINDOW} episodes in training.",
+}
 RESAMPLES = 2000  # of every bootstrap: a bound's own standard error is then 1.5 % of the interval's width
 
 # ---- The sections: each writes its CSV tables and pictures, and returns its blocks
@@ -36,7 +46,7 @@ def opening(results: Results, suite: Path, resamples: int) -> list[Block]:
         Heading(f"Report on {suite.name}", level=1),
         Text(f"Finished runs: {len(results.runs)}, of {hours:,.1f} hours together. {counts}"),
         Text(
-            f"A run's score is the mean return of its last {WINDOW} episodes. Its best window is the largest mean of "
+            f"{SCORES[results.by_final_policy]} Its best window is the largest mean of "
             f"{WINDOW} consecutive episodes, its best episode the largest return; both pick a lucky moment, and are no "
             "estimate of the final policy. Tables show the mean over seeds. In brackets: 95 % intervals. A task's mean "
             f"has Student's; what goes over tasks has rliable's percentile bootstrap, {resamples:,} resamples of the "
@@ -71,25 +81,30 @@ def provenance(results: Results, out: Path) -> list[Block]:
     ]
 
 
-def run_record(run: Run) -> dict:
+def run_record(run: FinishedRun) -> dict:
     """A run as a line of runs.csv."""
     args = run.config["args"]
     key = {"algorithm": run.algorithm, "task": run.task, "seed": run.seed, "env_id": args["env_id"]}
-    scores = {"last_100": run.last, "best_window": run.best_window, "best_episode": run.best_episode}
+    scores = {
+        "final_policy": run.final,
+        "last_100": run.last,
+        "best_window": run.best_window,
+        "best_episode": run.best_episode,
+    }
     cost = {"episodes": run.episodes} | {name: run.done[name] for name in ("steps", "minutes", "sps")}
     config = {"script": run.config["script"]} | circumstances(run.config)
     return key | scores | cost | config | {"settings": settings_text(args)}
 
 
-def aggregates(runs: list[Run], rectangle: Rectangle, out: Path, resamples: int) -> list[Block]:
+def aggregates(results: Results, rectangle: Rectangle, out: Path, resamples: int) -> list[Block]:
     """IQM, median, mean and optimality gap of the human-normalised scores, and the performance profile."""
     heading = Heading("Aggregates over games")
     if not rectangle.seeds:
         reason = "no game with known random and human scores has a run of every algorithm"
         why = "Returns of different tasks have different scales, so a mean of them would mean nothing."
         return [heading, Text(f"None: {reason}. {why}")]
-    scores = statistics.matrices(runs, rectangle, lambda run: run.normalised(run.last))
-    estimates = statistics.estimate(scores, statistics.four_aggregates, resamples)
+    scores = aggregation.matrices(results.runs, rectangle, lambda run: run.normalised(results.score(run)))
+    estimates = aggregation.estimate(scores, aggregation.four_aggregates, resamples)
     records, rows = [], []
     for name, estimated in estimates.items():
         seeds, games = scores[name].shape
@@ -99,7 +114,7 @@ def aggregates(runs: list[Run], rectangle: Rectangle, out: Path, resamples: int)
         rows.append([name, str(seeds), str(games), *cells])
     write_csv(out / "aggregates.csv", records)
     thresholds = np.linspace(0, max(1.0, *(np.percentile(matrix, 95) for matrix in scores.values())), PROFILE_POINTS)
-    profiles = statistics.estimate(scores, lambda matrix: statistics.share_above(matrix, thresholds), resamples)
+    profiles = aggregation.estimate(scores, lambda matrix: aggregation.share_above(matrix, thresholds), resamples)
     write_csv(out / "performance_profiles.csv", curve_records(thresholds, profiles, "threshold"))
     titles = [f"{name} ({'lower' if name == 'optimality gap' else 'higher'} is better)" for name in METRICS]
     bars = draw_bars(estimates, titles, "human-normalised score", out / "aggregates.png")
@@ -114,16 +129,16 @@ def aggregates(runs: list[Run], rectangle: Rectangle, out: Path, resamples: int)
     ]
 
 
-def improvements(runs: list[Run], rectangle: Rectangle, baseline: str, out: Path, resamples: int) -> list[Block]:
+def improvements(results: Results, rectangle: Rectangle, baseline: str, out: Path, resamples: int) -> list[Block]:
     """How probably a run of each algorithm beats one of the baseline on the same task, averaged over tasks."""
     title = f"Probability of improvement over {baseline}"
-    scores = statistics.matrices(runs, rectangle, lambda run: run.last)
+    scores = aggregation.matrices(results.runs, rectangle, results.score)
     to_beat = scores.pop(baseline, None)
     if to_beat is None or not scores:
         needed = f"runs of `{baseline}` and of another algorithm on the same tasks"
         return [Heading(title), Text(f"None: it takes {needed}.")]
     pairs = {name: [matrix, to_beat] for name, matrix in scores.items()}
-    estimates = statistics.estimate(pairs, statistics.improvement, resamples)
+    estimates = aggregation.estimate(pairs, aggregation.improvement, resamples)
     keys = {name: {"algorithm": name, "baseline": baseline, "tasks": len(rectangle.tasks)} for name in estimates}
     records = [keys[name] | as_record(each, 0) for name, each in estimates.items()]
     write_csv(out / "probability_of_improvement.csv", records)
@@ -140,16 +155,18 @@ def efficiency(results: Results, rectangle: Rectangle, out: Path, resamples: int
         return []
     steps = curve_points([run for run in results.runs if run.task in results.scored_tasks])
 
-    def curve(run: Run) -> np.ndarray:
+    def curve(run: FinishedRun) -> np.ndarray:
         return run.normalised(curve_of(run.ends, run.returns, steps))
 
-    scores = statistics.matrices(results.runs, rectangle, curve)  # (seeds, games, points)
+    scores = aggregation.matrices(results.runs, rectangle, curve)  # (seeds, games, points)
+    if unlike := results.unlike_envs(rectangle.tasks):
+        return [Heading("Sample efficiency"), Text(NO_CURVE + unlike + ".")]
     end = f"the shortest run's end, {steps[-1]:,.0f} steps"
     begun = ~np.any([np.isnan(matrix).any(axis=(0, 1)) for matrix in scores.values()], axis=0)
     if not begun.any():
         return [Heading("Sample efficiency"), Text(f"None: some run has no episode by {end}.")]
     steps, scores = steps[begun], {name: matrix[..., begun] for name, matrix in scores.items()}
-    estimates = statistics.estimate(scores, statistics.interquartile_mean, resamples)
+    estimates = aggregation.estimate(scores, aggregation.interquartile_mean, resamples)
     write_csv(out / "sample_efficiency.csv", curve_records(steps, estimates, "step"))
     labels = "environment steps", "IQM of human-normalised score"
     picture = draw_curves({"": (steps, estimates)}, labels, out / "sample_efficiency.png")
@@ -167,54 +184,57 @@ def task_table(results: Results, out: Path) -> list[Block]:
         runs = [run for run in results.runs if (run.algorithm, run.task) == (algorithm, task) and run.episodes]
         if not runs:
             continue
-        last = statistics.mean_over_seeds(np.array([[run.last] for run in runs]))
-        window, episode = np.mean([[run.best_window, run.best_episode] for run in runs], axis=0)
+        score = aggregation.mean_over_seeds(np.array([[results.score(run)] for run in runs]))
+        last, window, episode = np.mean([[run.last, run.best_window, run.best_episode] for run in runs], axis=0)
         steps = [run.done["steps"] for run in runs]
         span = f"{max(steps):,}" if len(set(steps)) == 1 else f"UNEQUAL: {min(steps):,} to {max(steps):,}"
         scaled, published, known_cells = np.nan, np.nan, ["", ""]
         if task in results.scored_tasks:
-            scaled = runs[0].normalised(last.point[0])
+            scaled = runs[0].normalised(score.point[0])
             published = read_known_scores()[runs[0].game]["published_ppo"]
             known_cells = [number(scaled), number(published) if published else "0.0 (no score)"]
         key = {"task": task, "algorithm": algorithm, "seeds": len(runs), "shortest": min(steps), "longest": max(steps)}
-        best = {"best_window": window, "best_episode": episode}
+        best = {"last_100": last, "best_window": window, "best_episode": episode}
         known = {"human_normalised": scaled, "published_ppo": published}
-        records.append(key | as_record(last, 0, "last_100") | best | known)
-        cells = [with_interval(last, 0), number(window), number(episode), *known_cells]
+        records.append(key | as_record(score, 0, "score") | best | known)
+        cells = [with_interval(score, 0), number(window), number(episode), *known_cells]
         rows.append([task, algorithm, str(len(runs)), span, *cells])
     write_csv(out / "tasks.csv", records)
-    scores = [f"last {WINDOW} episodes [95 %]", "best window", "best episode", "human-normalised", "published PPO"]
+    scores = [f"{results.score_name} [95 %]", "best window", "best episode", "human-normalised", "published PPO"]
     return [
         Heading("Every task"),
         Text(
-            "Human-normalised: the mean over seeds of the last episodes, with random player 0 and human 1. Published "
+            "Human-normalised: the mean over seeds of the score, with random player 0 and human 1. Published "
             "PPO: not ours, but the Deep SPI authors' own (stochastic setting, 10 M steps, 3 seeds), the best value "
             "seen in training: compare it with the best window. It started from returns of 0, so games of negative "
-            "returns read 0.0 there, which is no score. Sources: `benchmark/atari57_scores.csv`."
+            "returns read 0.0 there, which is no score. Sources: `benchmark/report/atari57_scores.csv`."
         ),
         Table(["task", "algorithm", "seeds", "steps", *scores], rows),
     ]
 
 
 def learning_curves(results: Results, out: Path) -> list[Block]:
-    """Mean return over steps, for every task as CSV, and as a picture for those that enter no aggregate."""
-    panels, records = {}, []
+    """Mean return over steps, for every task, as CSV and as a picture."""
+    panels, remarks, records = {}, {}, []
     for task in results.tasks:
         runs = [run for run in results.runs if run.task == task]
         steps, estimates = curve_points(runs), {}
         for algorithm in dict.fromkeys(run.algorithm for run in runs if run.episodes):
             own = [run for run in runs if run.algorithm == algorithm and run.episodes]
             curves = np.array([curve_of(run.ends, run.returns, steps) for run in own])
-            estimates[algorithm] = statistics.mean_over_seeds(curves)
+            estimates[algorithm] = aggregation.mean_over_seeds(curves)
         records += [{"task": task} | record for record in curve_records(steps, estimates, "step")]
-        if estimates and task not in results.scored_tasks:
+        if estimates and (unlike := results.unlike_envs([task])):
+            remarks[task] = unlike
+        elif estimates:
             panels[task] = steps, estimates
     write_csv(out / "learning_curves.csv", records)
+    texts = [Text(f"{task}. {NO_CURVE}{unlike}.") for task, unlike in remarks.items()]
     if not panels:
-        return []
+        return [Heading(CURVES), *texts] if texts else []
     picture = draw_curves(panels, ("environment steps", "return"), out / "learning_curves.png")
     caption = "Mean over seeds, shaded its 95 % interval; a curve begins where every seed has an episode"
-    return [Heading("Learning curves of the tasks without human scores"), Picture(picture, caption)]
+    return [Heading(CURVES), *texts, Picture(picture, caption)]
 
 
 # ---- The report
@@ -234,14 +254,14 @@ def write_report(suite: Path, out: Path, baseline: str | None = None, resamples:
         raise ValueError(f"--baseline: no run of {baseline!r}; there are {', '.join(results.algorithms)}")
     out.mkdir(parents=True, exist_ok=True)
     runs = results.runs
-    games = statistics.choose_rectangle(runs, results.scored_tasks, "Aggregates over games")
-    tasks = statistics.choose_rectangle(runs, results.tasks, "Probability of improvement")
+    games = aggregation.choose_rectangle(runs, results.scored_tasks, "Aggregates over games")
+    tasks = aggregation.choose_rectangle(runs, results.tasks, "Probability of improvement")
     blocks = [
         *opening(results, suite, resamples),
         *unevenness(results, [games, tasks]),
         *provenance(results, out),
-        *aggregates(runs, games, out, resamples),
-        *improvements(runs, tasks, baseline or "ppo", out, resamples),
+        *aggregates(results, games, out, resamples),
+        *improvements(results, tasks, baseline or "ppo", out, resamples),
         *efficiency(results, games, out, resamples),
         *task_table(results, out),
         *learning_curves(results, out),
@@ -263,7 +283,3 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"report: {out / 'report.md'}, {out / 'report.html'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,25 @@
 """What is missing or uneven in a suite's runs: all that keeps the report's numbers from meaning what they seem to."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from benchmark.collect import CIRCUMSTANCES, NAMES_OF_A_RUN
-from benchmark.report_runs import WINDOW, Key, Results
+import numpy as np
 
+from benchmark.common import CIRCUMSTANCES, NO_SETTINGS, circumstance
+from benchmark.report.runs import WINDOW, Key, Results
+
+INEXACT = {  # by the end of what is recorded for a commit
+    "-dirty": "files that differ from the commit (`-dirty`)",
+    "-untracked": "a script that is in no commit (`-untracked`)",
+}
 EARLY_SHARE = 0.5  # of the last episodes, from which it is said that they began early
 
 
 def remarks_on(results: Results) -> list[str]:
     """A sentence for each."""
     checks = (
+        not_evaluated,
         missing_runs,
         left_out_runs,
         uneven_lengths,
@@ -22,6 +30,14 @@ def remarks_on(results: Results) -> list[str]:
         unknown_games,
     )
     return [remark for check in checks for remark in check(results)]
+
+
+def not_evaluated(results: Results) -> list[str]:
+    """Final policies that played no games after training, where others did."""
+    without = [run.key for run in results.runs if np.isnan(run.final)]
+    if len(without) in (0, len(results.runs)):
+        return []
+    return [f"Scores are of training, as not every final policy was evaluated: not {results.name(without)}."]
 
 
 def missing_runs(results: Results) -> list[str]:
@@ -83,6 +99,8 @@ def few_episodes(results: Results) -> list[str]:
 
 def early_episodes(results: Results) -> list[str]:
     """Runs too short for their many environments: their scores say little about the policy of the end."""
+    if results.by_final_policy:
+        return []
     early = {run.key: run.began_early for run in results.runs if run.began_early > EARLY_SHARE}
     if not early:
         return []
@@ -109,12 +127,12 @@ def mixed_circumstances(results: Results) -> list[str]:
     circumstances, inexact, settings = {}, [], defaultdict(dict)
     for run in results.runs:
         versions = {f"version of {name}": version for name, version in run.config["versions"].items()}
-        circumstances[run.key] = {name: run.config[name] for name in CIRCUMSTANCES} | versions
+        circumstances[run.key] = {name: circumstance(run.config, name) for name in CIRCUMSTANCES} | versions
         commit = run.config["git_commit"]
-        if commit is None or commit.endswith("-dirty"):
-            what = "no commit recorded" if commit is None else "files that differ from the commit (`-dirty`)"
-            inexact.append((what, run.key))
-        own_names = (*NAMES_OF_A_RUN, "total_timesteps")  # whose unevenness has remarks of its own
+        if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+            ending = next((text for ending, text in INEXACT.items() if (commit or "").endswith(ending)), "")
+            inexact.append((ending or f"`{commit}` is no commit" if commit else "no commit recorded", run.key))
+        own_names = (*NO_SETTINGS, "total_timesteps")  # whose unevenness has remarks of its own
         args = {name: value for name, value in run.config["args"].items() if name not in own_names}
         settings[run.algorithm][run.key] = {"script": run.config["script"]} | args
     remarks = mixed(results, circumstances)

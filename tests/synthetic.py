@@ -1,4 +1,4 @@
-"""Make up a suite's results, to try the report at full size: python -m benchmark.synthetic OUT
+"""Make up a suite's results, to try the report at full size: python -m tests.synthetic OUT
 
 OUT gets plan.json and ALGORITHM/TASK/SEED/ with config.json, episodes.csv and done.json: what benchmark.report reads,
 without weights and TensorBoard events. The numbers mean nothing, and the config files say so. The default size, 57
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmark.report_runs import read_known_scores
+from benchmark.report.runs import read_known_scores
 
 NUM_ENVS, NUM_STEPS = 128, 8
 EPISODE_LENGTHS = (400, 3000)  # agent steps, mean of the shortest and of the longest game
@@ -39,7 +39,7 @@ def make_run(run_dir: Path, env_id: str, algorithm: str, seed: int, steps: int, 
         "num_steps": NUM_STEPS,
     }
     config = {
-        "script": f"{algorithm}.py (made up by benchmark.synthetic)",
+        "script": f"{algorithm}.py (made up by tests.synthetic)",
         "args": args,
         "device": "none",
         "precision": "made up",
@@ -83,7 +83,7 @@ def make_suite(out: Path, games: int, algorithms: int, seeds: int, steps: int) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmark.synthetic", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.synthetic", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT")
     for flag, default in (("games", 57), ("algorithms", 4), ("seeds", 5), ("steps", 10_000_000)):
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default: {default:,}")

@@ -1,0 +1,62 @@
+"""Keep what a report needs of a suite's finished runs: python -m benchmark.keep FROM TO
+
+Copies plan.json and, of each finished run, done.json, episodes.csv, evaluation.csv if there is one, and config.json
+without the machine's paths: no weights, no TensorBoard files. Works both ways: from runs/benchmark/SUITE into
+benchmark/results/suites/SUITE, to be committed, and back, where `benchmark.run` then skips these runs and
+`benchmark.report` reports them.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from benchmark.common import NAMES_OF_A_RUN
+from benchmark.launch.plan import PlannedRun, write_plan
+
+
+def keep(source: Path, target: Path) -> int:
+    """Copy the runs below `source`; their number. A finished run that `target` already has is written anew.
+
+    Raises SystemExit(1) if there is nothing to keep, or if `target` has one of the runs unfinished or unlike.
+    """
+    if not source.is_dir():
+        raise SystemExit(f"error: FROM: there is no folder {source}")
+    kept = sorted(path.parent for path in source.glob("*/*/*/done.json") if ".broken-" not in path.parent.name)
+    if not kept:
+        raise SystemExit(f"error: FROM: no finished run in {source}; it should be a suite's folder")
+    for run_dir in kept:
+        copy = target / run_dir.relative_to(source)
+        if copy.exists() and not (copy / "done.json").exists():
+            raise SystemExit(f"error: TO: {copy} is an unfinished run; move it away")
+        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        config.pop("script_path", None)
+        config["args"] |= {name: "" for name in ("run_dir", "runs_dir") if name in config["args"]}
+        if copy.exists():
+            kept_config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+            old, new = (each["args"] | {"script": each["script"]} for each in (kept_config, config))
+            if differ := sorted(
+                name for name, value in new.items() if name not in NAMES_OF_A_RUN and old.get(name) != value
+            ):
+                raise SystemExit(f"error: TO: {copy} is a run with another {', '.join(differ)}; move it away")
+            if (copy / "episodes.csv").read_bytes() != (run_dir / "episodes.csv").read_bytes():
+                (copy / "evaluation.csv").unlink(missing_ok=True)  # that of the run which is replaced
+        copy.mkdir(parents=True, exist_ok=True)
+        (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(run_dir / "episodes.csv", copy / "episodes.csv")
+        if (run_dir / "evaluation.csv").exists():
+            shutil.copyfile(run_dir / "evaluation.csv", copy / "evaluation.csv")
+        shutil.copyfile(run_dir / "done.json", copy / "done.json")  # last, as it marks the run as finished
+    if (source / "plan.json").exists():
+        plan = [PlannedRun(**run) for run in json.loads((source / "plan.json").read_text(encoding="utf-8"))]
+        write_plan(target / "plan.json", plan)  # which leaves in it what was planned there
+    return len(kept)
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.keep", description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, metavar="FROM")
+    parser.add_argument("target", type=Path, metavar="TO")
+    arguments = parser.parse_args(words)
+    print(f"{keep(arguments.source, arguments.target)} finished runs kept in {arguments.target}")

@@ -1,0 +1,78 @@
+"""The documents' tables and pictures from the committed results: python -m benchmark.figures
+
+Each table stands in README.md, in benchmark/README.md or in docs/, between `<!-- table: NAME -->` and `<!-- end -->`,
+and is written anew there.
+"""
+
+import functools
+import re
+
+from benchmark.common import RESULTS, ROOT, markdown
+from benchmark.report.scores import read_scores
+from benchmark.studies import (
+    atari_200k,
+    confounding,
+    confounding_mechanism,
+    control,
+    early,
+    pilot,
+    throughput,
+    whole_games,
+)
+from benchmark.suites import MEASURED_SPS, PRICED_AS, SUITES
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmark" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def cost_table() -> str:
+    """Per suite: runs, steps, and core-hours if every script ran as fast as it was measured with default settings."""
+    rows = []
+    for name, suite in SUITES.items():
+        runs = len(suite.algorithms) * len(suite.tasks) * suite.seeds
+        steps = suite.seeds * sum(task.total_timesteps for task in suite.tasks)  # of one algorithm
+        scripts = [PRICED_AS.get(algorithm.script, algorithm.script) for algorithm in suite.algorithms.values()]
+        speeds = [MEASURED_SPS[script] for script in scripts]
+        hours = sum(steps / sps * threads for sps, threads in speeds) / 3600
+        rows.append([f"`{name}`", f"{runs:,}", f"{len(speeds) * steps / 1e6:,.1f} M", f"{hours:,.1f}"])
+    return markdown(["suite", "runs", "agent steps in all", "core-hours"], rows)
+
+
+TABLES = {
+    "control_scores": lambda: control.placement_score_table(read_scores(control.FOLDER)),
+    "control_differences": lambda: control.placement_difference_table(read_scores(control.FOLDER)),
+    "atari_200k": atari_200k.table,
+    "speed_ratios": lambda: throughput.ratio_table(RESULTS),
+    "speed_ratios_later": lambda: throughput.ratio_table(RESULTS / "throughput_later"),
+    "speed": lambda: throughput.speed_table(RESULTS),
+    "confounding": lambda: confounding.drawdown_table(confounding.by_setting(confounding.read_runs())),
+    "mechanism": lambda: confounding_mechanism.table(confounding.FOLDER),
+    "early_scores": lambda: early.score_table(read_scores(early.FOLDER)),
+    "early_differences": lambda: early.difference_table(read_scores(early.FOLDER)),
+    "pilot": pilot.table,
+    "cost": cost_table,
+    **{
+        name: functools.partial(lambda table: table(whole_games.read(whole_games.CSV)), table)
+        for name, table in whole_games.TABLES.items()
+    },
+}
+
+
+def with_tables(document: str) -> str:
+    """The document's text with every table written anew. Raises KeyError for a table that nobody knows."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3],
+        document,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> None:
+    """Tables and pictures."""
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
+    control.draw()
+    throughput.draw(RESULTS)
+    confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
+    confounding_mechanism.draw(confounding.FOLDER)
+    print("the documents and the pictures in benchmark/results are up to date with the CSV files there")
