@@ -641,7 +641,7 @@ class Run:
         commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
         if commit and script.name not in subprocess.run("git ls-files", **git).stdout.splitlines():
             commit += "-untracked"
-        self.config = {
+        config = {
             "script": script.name,
             "script_path": str(script),
             "args": vars(args),
@@ -652,6 +652,7 @@ class Run:
             "id": f"{time.time_ns():x}",  # for Weights & Biases
             "resumes": [],  # global steps at which the run went on, with new games
         }
+        self.config = json.loads(json.dumps(config, default=str))  # plain types: a checkpoint holds no others
         path, self.state = self.dir / "checkpoint.pt", {}
         if path.exists():
             try:
@@ -661,7 +662,7 @@ class Run:
                 before = self.state["config"]["args"] | {"script": self.state["config"]["script"]}
             except Exception:  # of many kinds, as any byte may be wrong
                 args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
-            now = vars(args) | {"script": script.name}
+            now = self.config["args"] | {"script": script.name}
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
