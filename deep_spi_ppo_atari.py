@@ -387,6 +387,7 @@ def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tenso
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 like a constant."""
+    returns = returns.double()  # so that the variance of constants is exactly 0
     errors, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
     return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
