@@ -2,10 +2,10 @@
 
 Each case in `tests/golden/` holds numbers computed by the published code of Deep SPI, DeepMDP or (`parity_dreamspi.py`)
 DreamSPI, on inputs that are drawn again here from the case's seed. The parameters are loaded into the script's own
-modules and the script's own functions are run, in float32. Two things of the published code are no part of a script and are put in its place here: its
-spectral norm, as a patch, and its rule that z' = z where an episode is over. One line per quantity: name, error,
-tolerance, pass or fail. Exit code 1 if any fails, 2 if a case is missing or malformed. Format and rules:
-`tests/golden/README.md`.
+modules and the script's own functions are run, in float32. Two things of the published code are no part of a script and
+are put in its place here: its spectral norm, as a patch, and its rule that z' = z where an episode is over. One line
+per quantity: name, error, tolerance, pass or fail. Exit code 1 if any fails, 2 if a case is missing or malformed.
+Format and rules: `tests/golden/README.md`.
 """
 
 import argparse
