@@ -1,7 +1,7 @@
 """Confounding updates (talk of Delgrange, Avalos and Röpke, ICLR 2026): a gridworld where improvement can be watched.
 
     python confounding_gridworld.py          # three methods, 3 seeds: 4 to 6 minutes on one core
-    python -m benchmark.confounding          # the study: thirteen settings, 10 seeds; README.md has its results
+    python -m benchmark.confounding          # the study: thirteen settings, 10 seeds; docs/results.md has its results
 
 Two corridors look alike up to their last cell, '!'. UP at the top '!' is best, UP at the bottom '!' is a disaster. An
 agent sees pictures; if φ merges the two '!', an update that raises UP at one raises it at both: as 1-ε of the episodes
@@ -46,7 +46,7 @@ import matplotlib.pyplot as plt
 
 METHODS = {"ppo": "PPO", "additive": "additive", "deep_spi": "Deep SPI"}  # those of the study
 NAMES = METHODS | {"gated": "gated"}
-COLOURS = {"ppo": "#0072B2", "additive": "#E69F00", "deep_spi": "#009E73", "gated": "#CC79A7"}  # for colour-blind eyes
+COLOURS = {"ppo": "#0072B2", "additive": "#E69F00", "deep_spi": "#009E73", "gated": "#7F3C8D"}  # for colour-blind eyes
 
 
 @dataclass
@@ -243,7 +243,7 @@ def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
 def group_sort(x: Tensor) -> Tensor:
     """GroupSort(2): sort neighbouring pairs along dimension 1, ascending. Gradient norm 1 where ReLU's may be 0."""
     first, second = x.unflatten(1, (-1, 2)).unbind(2)
-    swap = F.relu(first - second)  # min and max, but for rounding; their own gradients take several times as long
+    swap = F.relu(first - second)  # min and max, but for rounding; torch's own have slow gradients
     return torch.stack((first - swap, second + swap), dim=2).flatten(1, 2)
 
 
@@ -374,21 +374,19 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, both (T, N) (Schulman et al., 2016, eq. 16).
 
-    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. The last of an
-    episode cuts the sum. Where the time limit cuts it, it is last and not terminal: its value is bootstrapped.
+    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. Sums stop at the
+    last state of an episode. At a time limit it is last but not terminal: its value is bootstrapped.
     """
     assert values.shape == is_terminal.shape == is_last.shape == (len(rewards) + 1, *rewards.shape[1:])
     deltas = rewards + gamma * values[1:] * ~is_terminal[1:] - values[:-1]  # (T, N)
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    advantages = torch.zeros_like(values)  # the last row stays 0
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantage
-        advantages[t] = advantage
-    return advantages, advantages + values[:-1]
+        advantages[t] = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantages[t + 1]
+    return advantages[:-1], advantages[:-1] + values[:-1]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (M,) over the rows whose mask (M,) is 1; 0 if there are none."""
+    """Mean of x (M,) or (T, N) over the rows whose mask is 1; 0 if there are none."""
     assert x.shape == mask.shape
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
@@ -407,15 +405,14 @@ def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
 def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
 
-    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ and the sum are published. So α_P weighs
-    a sum over the latent: one of another size wants another α_P. z' is not detached: φ too is to make the next
-    latent predictable.
+    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ and the sum are published: α_P depends on
+    the latent's size. z' is not detached: φ too is to make the next latent predictable.
     """
     return F.smooth_l1_loss(predicted_next_z.float(), next_z.float(), reduction="none").flatten(1).sum(-1)
 
 
 def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tensor:
-    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r and through U."""
+    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r, and through U if it has one."""
     return torch.min(ratio * utility, ratio.clamp(1 - clip_coef, 1 + clip_coef) * utility)
 
 
@@ -432,16 +429,15 @@ def compute_loss(
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # first this, then the losses are subtracted as they are
+    advantages = normalize(batch.advantages, batch.mask)  # before the losses are subtracted, which are not
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if next_z is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
         l_p = transition_loss(agent.transition_model(z, batch.actions, noise), next_z)  # (M,)
         penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
-        if args.loss_placement == "additive":
-            additive_loss = masked_mean(penalty, batch.mask)  # "Let's just add L_R, L_P to the loss? No, we can't!"
-        else:
-            utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
+        utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
+        if args.loss_placement == "additive":  # "Let's just add L_R, L_P to the loss? No, we can't!"
+            utility, additive_loss = advantages, masked_mean(penalty, batch.mask)
         if args.loss_placement == "gated":  # in a row where the clip is active, the losses pull no more either
             is_clipped = clipped_objective(ratio, utility, args.clip_coef) < ratio * utility
             utility = torch.where(is_clipped, utility.detach(), utility)

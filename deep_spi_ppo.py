@@ -57,7 +57,7 @@ class Args:
     # ---- Experiment
     seed: int = 1  # seed of the environments, the networks and every random draw
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks; weights stay fp32
     run_dir: str = ""  # the run's folder; a run stopped there goes on (default: runs/<env>__<script>__<seed>__<time>)
     checkpoint_interval: int = 100  # iterations from one checkpoint to the next
     track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)
@@ -82,9 +82,9 @@ class Args:
     max_grad_norm: float = 0.5  # largest norm of the gradient, over all parameters together
 
     # ---- Deep SPI
-    reward_loss_coef: float = 0.01  # α_R, weight of the reward loss; its unit: standard deviations of A
+    reward_loss_coef: float = 0.01  # α_R, weight of the reward loss, in standard deviations of A
     transition_loss_coef: float = 0.0005  # α_P, weight of the transition loss, which is a sum over the latent
-    loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside the objective; see compute_loss
+    loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside it; in U where r is unclipped
 
     def __post_init__(self):
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
@@ -102,7 +102,8 @@ class Args:
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its own folder has that name, and none
+        self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         known = envpool.list_all_envs()
         closest = ", ".join(difflib.get_close_matches(self.env_id, known, cutoff=0.3))
         self.check("env_id", self.env_id in known, f"no such environment of EnvPool; closest: {closest or 'none'}")
@@ -120,11 +121,11 @@ class Args:
 
 
 def what_is_wrong(env_id: str) -> str:
-    """Why an EnvPool environment is not for this script, or nothing. It is looked at, and a small one made."""
+    """Why an EnvPool environment is not for this script, or nothing. Makes a small one, to count its players."""
     warnings.filterwarnings("ignore", ".*precision lowered by casting")  # EnvPool's own spaces set it off
     try:
         spec = envpool.make_spec(env_id)
-    except ImportError as error:  # Procgen needs system libraries
+    except (ImportError, RuntimeError) as error:  # Procgen needs system libraries, VizdoomCustom a file
         return str(error)
     actions, observations = spec.action_space, spec.observation_space
     if not isinstance(actions, gym.spaces.Discrete):
@@ -222,26 +223,26 @@ def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
 def group_sort(x: Tensor) -> Tensor:
     """GroupSort(2): sort neighbouring pairs along dimension 1, ascending. Gradient norm 1 where ReLU's may be 0."""
     first, second = x.unflatten(1, (-1, 2)).unbind(2)
-    swap = F.relu(first - second)  # min and max, but for rounding; their own gradients take several times as long
+    swap = F.relu(first - second)  # min and max, but for rounding; torch's own have slow gradients
     return torch.stack((first - swap, second + swap), dim=2).flatten(1, 2)
 
 
 class SpectralLayer(nn.Module):
     """Weight (out, in) or (out, in/groups, kh, kw) and bias (out,); normalised, each group's matrix has σ = 1.
 
-    The talk's theorems ask for Lipschitz R̄ and P̄: so a linear layer is 1-Lipschitz. For a convolution σ is that of the
-    matrix (out, in·kh·kw): with 2x2 kernels the map itself may stretch by up to 2. σ = ‖Wᵀu‖, with u held fixed, has
-    the gradient of σ. u is exact at the start, and follows W by power iteration, after each step of the optimiser.
+    σ is the largest singular value. The theorems want Lipschitz R̄ and P̄: so a linear layer is 1-Lipschitz. For a
+    convolution σ is that of the matrix (out, in·kh·kw): with 2x2 kernels the map may stretch by up to 2. ‖Wᵀu‖, with u
+    held fixed, has σ's gradient. u is exact at the start, and follows W by subspace iteration.
     """
 
     def __init__(self, *shape: int, groups: int = 1):
         super().__init__()
-        std = float(np.prod(shape[1:])) ** -0.5 / 0.87962566  # LeCun normal: made up for the tails cut at 2 std
+        std = float(np.prod(shape[1:])) ** -0.5 / 0.87962566  # LeCun normal: 0.88 is the std left by truncation
         weight = nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std)
         self.weight, self.bias, self.groups = nn.Parameter(weight), nn.Parameter(torch.zeros(shape[0])), groups
-        self.register_buffer(
-            "u", torch.linalg.svd(self.matrices().detach(), full_matrices=False).U[..., :1]
-        )  # (G, m, 1)
+        top = torch.linalg.svd(self.matrices().detach(), full_matrices=False).U[..., :16]  # (G, m, k <= 16)
+        self.register_buffer("top", top.clone())
+        self.register_buffer("u", top[..., :1].clone())  # (G, m, 1)
 
     def matrices(self) -> Tensor:
         """The weight as a matrix (G, m, n) for each group."""
@@ -249,12 +250,19 @@ class SpectralLayer(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Two steps of power iteration."""
+        """Two steps of subspace iteration: u alone would be left behind where another singular value overtakes."""
+        W = self.matrices()
         for _ in range(2):
-            self.u.copy_(F.normalize(self.matrices() @ (self.matrices().mT @ self.u), dim=1))
+            self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
+        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power, as an eigensolver makes CUDA wait
+        for _ in range(12):
+            power = power / torch.linalg.matrix_norm(power, keepdim=True)
+            power = power @ power
+        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # a column surely not orthogonal to u
+        self.u.copy_(F.normalize(self.top @ power.take_along_dim(largest, dim=2), dim=1))
 
     def normalized_weight(self) -> Tensor:
-        """The weight over its spectral norm, in float32. To be worked out once per forward."""
+        """The weight over its spectral norm, in float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
             sigma = torch.linalg.vector_norm(self.matrices().mT @ self.u, dim=(1, 2), keepdim=True)
             return (self.matrices() / sigma).view_as(self.weight)
@@ -282,7 +290,7 @@ class TransitionModel(nn.Module):
 
     Its sample averages over the components as published (a mixture's own would draw one of them):
 
-        z̄' = Σ_k w_k (loc_k + scale_k ε_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    ε ~ N(0, 1) cut at ±1
+        z̄' = Σ_k w_k (loc_k + scale_k ε_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    ε ~ N(0, 1), to ±1
 
     This is the plain form: outputs for every action, then those of the action taken.
     """
@@ -343,9 +351,9 @@ class Agent(nn.Module):
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch: B chunks of L steps, row after row. A whole rollout has (T, N) for (M,)."""
+    """The M transitions of a minibatch: B chunks of L steps, row after row."""
 
-    obs: Tensor  # (B, L + 1, O) the observations s, and the last s'
+    obs: Tensor  # (B, L + 1, O) the observations s, and the last s'; without a world model (B, L, O)
     actions: Tensor  # (M,) int64
     rewards: Tensor  # (M,) scaled
     old_log_probs: Tensor  # (M, A) ln π_old of every action
@@ -359,21 +367,19 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, both (T, N) (Schulman et al., 2016, eq. 16).
 
-    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. The last of an
-    episode cuts the sum. Where the time limit cuts it, it is last and not terminal: its value is bootstrapped.
+    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. Sums stop at the
+    last state of an episode. At a time limit it is last but not terminal: its value is bootstrapped.
     """
     assert values.shape == is_terminal.shape == is_last.shape == (len(rewards) + 1, *rewards.shape[1:])
     deltas = rewards + gamma * values[1:] * ~is_terminal[1:] - values[:-1]  # (T, N)
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    advantages = torch.zeros_like(values)  # the last row stays 0
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantage
-        advantages[t] = advantage
-    return advantages, advantages + values[:-1]
+        advantages[t] = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantages[t + 1]
+    return advantages[:-1], advantages[:-1] + values[:-1]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (M,) over the rows whose mask (M,) is 1; 0 if there are none."""
+    """Mean of x (M,) or (T, N) over the rows whose mask is 1; 0 if there are none."""
     assert x.shape == mask.shape
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
@@ -392,71 +398,63 @@ def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
 def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
 
-    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ and the sum are published. So α_P weighs
-    a sum over the latent: one of another size wants another α_P. z' is not detached: φ too is to make the next
-    latent predictable.
+    The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ and the sum are published: α_P depends on
+    the latent's size. z' is not detached: φ too is to make the next latent predictable.
     """
     return F.smooth_l1_loss(predicted_next_z.float(), next_z.float(), reduction="none").flatten(1).sum(-1)
 
 
 def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tensor:
-    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r and through U."""
+    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r, and through U if it has one."""
     return torch.min(ratio * utility, ratio.clamp(1 - clip_coef, 1 + clip_coef) * utility)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 like a constant."""
+    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 no better than a constant."""
     returns = returns.double()  # so that the variance of constants is exactly 0
     errors, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
     return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
 
 def latents(agent: Agent, batch: Transitions) -> tuple[Tensor, Tensor]:
-    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each frame is encoded once."""
+    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each observation of a chunk is encoded once."""
     z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (B, L + 1, ...)
-    return z[:, : len(batch.actions) // len(z)].flatten(0, 1), z[:, 1:].flatten(0, 1)
+    length = len(batch.actions) // len(z)
+    return z[:, :length].flatten(0, 1), z[:, 1:].flatten(0, 1)
 
 
 def what_the_model_knows(agent: Agent, batch: Transitions) -> dict[str, Tensor]:
     """ℓ_P of P̄'s mean, beside that of z' = z; ℓ_R of always predicting 0; the variance of z over the batch."""
     z, next_z = latents(agent, batch)
     noise = torch.zeros(len(z), *agent.transition_model.noise_shape, dtype=z.dtype, device=z.device)
-    mean, copy = (
-        masked_mean(transition_loss(prediction, next_z), batch.mask)
-        for prediction in (agent.transition_model(z, batch.actions, noise), z)
-    )
+    mean = masked_mean(transition_loss(agent.transition_model(z, batch.actions, noise), next_z), batch.mask)
+    copy = masked_mean(transition_loss(z, next_z), batch.mask)
     return {
         "world_model/transition_loss_mean": mean,
         "world_model/transition_loss_copy": copy,
         "world_model/transition_loss_ratio": mean / copy.clamp(min=1e-12),
         "world_model/reward_loss_zero": masked_mean(reward_loss(0 * batch.rewards, batch.rewards), batch.mask),
-        "world_model/latent_variance": z.float().var(0, correction=0).mean(),
+        "world_model/latent_variance": z.float()[batch.mask > 0].var(0, correction=0).mean(),
     }
 
 
-def compute_loss(
-    agent: Agent, batch: Transitions, args: Args, noise: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a minibatch, and what of it is logged, as scalars.
-
-    noise: see `TransitionModel.forward`. Without it the world model is not run, and this is PPO.
-    """
+def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | None) -> tuple[Tensor, dict]:
+    """The loss of a minibatch, and what of it is logged. Without noise the world model is not run: this is PPO."""
     z, next_z = latents(agent, batch)
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # first this, then the losses are subtracted as they are
+    advantages = normalize(batch.advantages, batch.mask)  # before the losses are subtracted, which are not
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
         l_p = transition_loss(agent.transition_model(z, batch.actions, noise), next_z)  # (M,)
         penalty = args.reward_loss_coef * l_r + args.transition_loss_coef * l_p
-        if args.loss_placement == "additive":
-            additive_loss = masked_mean(penalty, batch.mask)  # "Let's just add L_R, L_P to the loss? No, we can't!"
-        else:
-            utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
+        utility = advantages - penalty  # U = A - α_R ℓ_R - α_P ℓ_P
+        if args.loss_placement == "additive":  # "Let's just add L_R, L_P to the loss? No, we can't!"
+            utility, additive_loss = advantages, masked_mean(penalty, batch.mask)
         if args.loss_placement == "gated":  # in a row where the clip is active, the losses pull no more either
             is_clipped = clipped_objective(ratio, utility, args.clip_coef) < ratio * utility
             utility = torch.where(is_clipped, utility.detach(), utility)
@@ -542,19 +540,19 @@ def train(args: Args) -> None:
 
         # ---- Update
         noise = None
-        if run_world_model:  # once for all minibatches, as their transitions are shuffled: a CPU takes long to draw it
+        if run_world_model:  # drawn once per iteration, for all minibatches: drawing takes long on a CPU
             noise = torch.randn(T * N // args.num_minibatches, *agent.transition_model.noise_shape).clamp(-1, 1)
             noise = noise.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
         for _ in range(args.update_epochs):
             epoch_stats, stats = [], {}
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
-                # A chunk is L steps of one environment, and the frame after them.
+                # Chunk c is L steps of environment c % N, from step c // N * L on, and the observation after them.
                 t = chunks[:, None] // N * L + torch.arange(L + run_world_model)
-                frames = t * N + chunks[:, None] % N  # (B, L + 1), rows of the (T + 1) N observations
-                if not mask.flatten()[frames[:, :L]].any():
+                rows = t * N + chunks[:, None] % N  # (B, L + 1), of the (T + 1) N observations
+                if not mask.flatten()[rows[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
-                steps, frames = frames[:, :L].flatten().to(device), frames.to(device)
-                chunk_obs = obs.flatten(0, 1).index_select(0, frames.flatten()).unflatten(0, frames.shape)
+                steps, rows = rows[:, :L].flatten().to(device), rows.to(device)
+                chunk_obs = obs.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
                 batch = Transitions(chunk_obs, *(x.flatten(0, 1)[steps] for x in of_steps))
                 with autocast:
                     loss, stats = compute_loss(agent, batch, args, noise)
@@ -576,6 +574,9 @@ def train(args: Args) -> None:
                 metrics |= {name: value.item() for name, value in what_the_model_knows(agent, batch).items()}
         metrics["losses/explained_variance"] = explained_variance(values[:T].cpu(), returns, mask).item()
         metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
+        with torch.no_grad(), autocast:  # the weights after the last step, which no loss has seen, may be too large
+            if not all(x.isfinite().all() for x in agent.policy_and_value(agent.encode(obs[T, :1]))):
+                raise FloatingPointError("not finite: log_probs or value, after the update")
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         run.end_iteration(metrics, ratios, learned)
 
@@ -597,16 +598,17 @@ class Run:
         self.rollout = args.num_envs * args.num_steps  # global steps of an iteration
 
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
-        self.dir = Path(args.run_dir or f"runs/{name}")
+        self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed
         try:
+            str(self.dir).encode()  # TensorBoard takes UTF-8 only
             self.dir.mkdir(parents=True, exist_ok=True)
             self.episodes = open(self.dir / "episodes.csv", "a", buffering=1)  # each line is flushed
             fcntl.flock(self.episodes, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
         git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
         commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
-        if commit and script.name not in subprocess.run("git ls-files", **git).stdout.splitlines():
+        if commit and script.name not in subprocess.run("git ls-files -z", **git).stdout.split("\0"):
             commit += "-untracked"
         config = {
             "script": script.name,
@@ -627,14 +629,14 @@ class Run:
                 self.state = torch.load(path, map_location="cpu", weights_only=True)
                 assert self.episodes.tell() >= self.state["episodes_bytes"]
                 before = self.state["config"]["args"] | {"script": self.state["config"]["script"]}
+                resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
+                self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
             except Exception:  # of many kinds, as any byte may be wrong
                 args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
             now = self.config["args"] | {"script": script.name}
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
-            self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout
         if step + self.rollout > args.total_timesteps:
@@ -643,11 +645,11 @@ class Run:
 
         text = json.dumps(self.config, indent=2) + "\n"
         (self.dir / "config.json").write_text(text)
-        (self.dir / script.name).write_bytes(script.read_bytes())
+        if self.dir != script.parent:  # else it is there already: a full disk must not take it
+            (self.dir / script.name).write_bytes(script.read_bytes())
         (self.dir / "agent.pt").unlink(missing_ok=True)
-        self.episodes.truncate(self.state.get("episodes_bytes", 0))  # what came later is made again
-        if not self.state:
-            self.episodes.write("global_step,return,length\n")
+        self.episodes.seek(self.episodes.truncate(self.state.get("episodes_bytes", 0)))  # what came later is made again
+        self.episodes.write("" if self.state else "global_step,return,length\n")
         if args.track:
             import wandb  # optional, and nobody else should have to wait for it
 
@@ -662,7 +664,7 @@ class Run:
 
     def stop(self, number: int, _) -> None:
         """On a signal: end after this iteration. The second of the kind ends the process at once."""
-        self.signal = signal.Signals(number)
+        self.signal, self.bar.disable = signal.Signals(number), True  # the bar's pipe may have ended with the signal
         signal.signal(number, signal.SIG_DFL)
 
     def log_episodes(self, step: int, episodes: dict[int, tuple[float, int]]) -> None:
@@ -691,20 +693,22 @@ class Run:
         os.fsync(self.episodes.fileno())
         state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}
         state |= {"config": self.config, "episodes_bytes": self.episodes.tell()}
-        torch.save(state | {"iterations": self.iterations, "seconds": seconds}, content := io.BytesIO())
+        state |= {"iterations": self.iterations, "seconds": seconds}
+        for name, part in {**({"agent": state["agent"]} if complete else {}), "checkpoint": state}.items():
+            torch.save(part, content := io.BytesIO())  # not to the file: what a full disk raises is no OSError there
+            temporary = self.dir / f"{name}.tmp"
+            try:  # at any instant, power cuts included, the old file or the new one is there
+                with open(temporary, "wb") as file:
+                    file.write(content.getvalue())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.dir / f"{name}.pt")
+            finally:
+                temporary.unlink(missing_ok=True)
         if complete:
-            torch.save(state["agent"], self.dir / "agent.pt")
-            self.bar.write(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
-        temporary = self.dir / "checkpoint.tmp"
-        try:  # at any instant, power cuts included, the old checkpoint or the new one is there
-            with open(temporary, "wb") as file:
-                file.write(content.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.dir / "checkpoint.pt")
-        finally:
-            temporary.unlink(missing_ok=True)
-        if self.signal and not complete:
+            self.bar.close()
+            print(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
+        elif self.signal:
             print(f"\nstopped by {self.signal.name}; to go on: the same, with --run-dir {self.dir}", file=sys.stderr)
             raise SystemExit(75)
 
@@ -712,7 +716,7 @@ class Run:
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread: its error is raised again here, and told below
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # whatever the locale
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and a path's bytes
     try:
         train(tyro.cli(Args, description=__doc__))
     except (FloatingPointError, OSError) as error:  # OSError: a full disk, say; the last checkpoint is whole

@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "envpool==1.2.5", "gymnasium==1.4.0", "numpy==2.4.6", "tensorboard==2.21.0",
+#     "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2", "scipy==1.17.1"]
+# ///
 """Play episodes with a trained agent: python evaluate.py runs/<run's folder> [--episodes 20] [--video]
 
 Works for a finished or an interrupted run of any training script here, or of a copy of one: the run's folder holds the

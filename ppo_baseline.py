@@ -5,7 +5,7 @@
     J    = E[ min( r A, clip(r, 1 ± ε) A ) ],            r = π_new(a|s) / π_old(a|s)
     loss = -J - ent_coef H + vf_coef ½(V - return)²
 
-    φ  encoder            z  its latent          π = π̄∘φ  policy_and_value(encode(s))
+    φ  encoder            z  its latent          π = π̄∘φ  policy_and_value(encode(s))      H  entropy
     A  advantages         N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
 
 Diff me against `deep_spi_ppo_atari.py`: the diff is Deep SPI. With that script's two coefficients at 0, the weights
@@ -53,7 +53,7 @@ class Args:
     # ---- Experiment
     seed: int = 1  # seed of the environments, the networks and every random draw
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
-    precision: Literal["fp32", "bf16"] = "bf16" if HAS_BF16 else "fp32"  # of the networks
+    precision: Literal["fp32", "bf16"] = "bf16" if HAS_BF16 else "fp32"  # of the networks; weights stay fp32
     run_dir: str = ""  # the run's folder; a run stopped there goes on (default: runs/<env>__<script>__<seed>__<time>)
     checkpoint_interval: int = 100  # iterations from one checkpoint to the next
     track: bool = False  # also log to Weights & Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)
@@ -63,7 +63,7 @@ class Args:
     total_timesteps: int = 10_000_000  # agent steps in all, rounded down to whole rollouts (1 agent step = 4 frames)
     num_envs: int = 128  # N, parallel environments
     num_steps: int = 8  # T, steps of each environment per iteration
-    repeat_action_probability: float = 0.3  # sticky actions: that the game repeats the last action, not the one chosen
+    repeat_action_probability: float = 0.3  # sticky actions: probability that the last action is repeated instead
     noop_max: int = 60  # a game starts with a random number of no-ops, from 1 to this many
 
     # ---- PPO
@@ -95,7 +95,8 @@ class Args:
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its own folder has that name, and none
+        self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
 
@@ -131,18 +132,18 @@ class Games:
         self.returns, self.lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
 
     def reset(self) -> Tensor:
-        """First frames (N, 84, 84, 4) uint8: channels last, as convolutions are faster so."""
+        """First observations, each the last 4 frames, (N, 84, 84, 4) uint8: channels last is faster."""
         return torch.from_numpy(self.envs.reset()[0]).permute(0, 2, 3, 1)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[int, tuple[float, int]]]:
         """s', reward, is_terminal, is_last, (N, ...) each; and the episodes that ended: environment -> return, length.
 
         s' is the true next frame even at an end, where the next step only resets: a dummy row, of reward 0. To the
-        learner rewards are clipped, a lost life is a terminal state, and the time limit is none. An episode is a whole
+        learner rewards are clipped, a lost life is a terminal state, and the time limit is not. An episode is a whole
         game, its return unclipped; it lacks what was scored in the no-ops after a lost life: docs/environments.md.
         """
         frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
-        # After a lost life the game goes on for some no-ops. If it ends in them, only the lives of the next one tell.
+        # A reset after a lost life plays no-ops. If the game ends in them, only the next game's higher lives tell.
         untold = self.life_lost & (info["lives"] > self.lives)
         over = info["terminated"].astype(bool) | truncated
         self.returns += info["reward"]
@@ -188,7 +189,7 @@ class Agent(nn.Module):
         """z = φ(s), (B, height, width, channels), of frames (B, 84, 84, 4) uint8."""
         first, bf16 = self.encoder[0], torch.is_autocast_enabled(obs.device.type)
         frames = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32)
-        x = first._conv_forward(frames, first.weight / 255, first.bias)  # pixels over 255; there are fewer weights
+        x = first._conv_forward(frames, first.weight / 255, first.bias)  # = of pixels / 255: weights are fewer
         return self.encoder[1:](x).permute(0, 2, 3, 1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,7 +204,7 @@ class Agent(nn.Module):
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch: B chunks of L steps, row after row. A whole rollout has (T, N) for (M,)."""
+    """The M transitions of a minibatch: B chunks of L steps, row after row."""
 
     obs: Tensor  # (B, L, 84, 84, 4) the frames s
     actions: Tensor  # (M,) int64
@@ -219,21 +220,19 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, both (T, N) (Schulman et al., 2016, eq. 16).
 
-    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. The last of an
-    episode cuts the sum. Where the time limit cuts it, it is last and not terminal: its value is bootstrapped.
+    rewards (T, N); values, is_terminal, is_last (T+1, N) of obs[0..T]. A terminal state has value 0. Sums stop at the
+    last state of an episode. At a time limit it is last but not terminal: its value is bootstrapped.
     """
     assert values.shape == is_terminal.shape == is_last.shape == (len(rewards) + 1, *rewards.shape[1:])
     deltas = rewards + gamma * values[1:] * ~is_terminal[1:] - values[:-1]  # (T, N)
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    advantages = torch.zeros_like(values)  # the last row stays 0
     for t in reversed(range(len(rewards))):
-        advantage = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantage
-        advantages[t] = advantage
-    return advantages, advantages + values[:-1]
+        advantages[t] = deltas[t] + gamma * gae_lambda * ~is_last[t + 1] * advantages[t + 1]
+    return advantages[:-1], advantages[:-1] + values[:-1]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (M,) over the rows whose mask (M,) is 1; 0 if there are none."""
+    """Mean of x (M,) or (T, N) over the rows whose mask is 1; 0 if there are none."""
     assert x.shape == mask.shape
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
@@ -245,19 +244,19 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def clipped_objective(ratio: Tensor, utility: Tensor, clip_coef: float) -> Tensor:
-    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r and through U."""
+    """min(r U, clip(r, 1 ± ε) U), per transition: (M,). Gradient flows through r, and through U if it has one."""
     return torch.min(ratio * utility, ratio.clamp(1 - clip_coef, 1 + clip_coef) * utility)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 like a constant."""
+    """1 - Var[return - V] / Var[return] over the real rows: 1 is perfect, 0 no better than a constant."""
     returns = returns.double()  # so that the variance of constants is exactly 0
     errors, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
     return torch.where(variance > 0, 1 - errors / variance, 0.0)
 
 
-def compute_loss(agent: Agent, batch: Transitions, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a minibatch, and what of it is logged, as scalars."""
+def compute_loss(agent: Agent, batch: Transitions, args: Args) -> tuple[Tensor, dict]:
+    """The loss of a minibatch, and what of it is logged."""
     z = agent.encode(batch.obs.flatten(0, 1))
     log_probs, values = agent.policy_and_value(z)  # (M, A), (M,)
     log_ratios = log_probs - batch.old_log_probs  # (M, A)
@@ -336,13 +335,13 @@ def train(args: Args) -> None:
         for _ in range(args.update_epochs):
             epoch_stats, stats = [], {}
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
-                # A chunk is L steps of one environment.
+                # Chunk c is L steps of environment c % N, from step c // N * L on.
                 t = chunks[:, None] // N * L + torch.arange(L)
-                frames = t * N + chunks[:, None] % N  # (B, L), rows of the (T + 1) N frames
-                if not mask.flatten()[frames].any():
+                rows = t * N + chunks[:, None] % N  # (B, L), of the (T + 1) N observations
+                if not mask.flatten()[rows].any():
                     continue  # dummies alone: nothing to learn from
-                steps, frames = frames.flatten().to(device), frames.to(device)
-                chunk_obs = obs.flatten(0, 1).index_select(0, frames.flatten()).unflatten(0, frames.shape)
+                steps, rows = rows.flatten().to(device), rows.to(device)
+                chunk_obs = obs.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
                 batch = Transitions(chunk_obs, *(x.flatten(0, 1)[steps] for x in of_steps))
                 with autocast:
                     loss, stats = compute_loss(agent, batch, args)
@@ -359,6 +358,9 @@ def train(args: Args) -> None:
         metrics["spi/ratio_min"], metrics["spi/ratio_max"] = ratios.min().item(), ratios.max().item()
         metrics["losses/explained_variance"] = explained_variance(values[:T].cpu(), returns, mask).item()
         metrics["losses/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
+        with torch.no_grad(), autocast:  # the weights after the last step, which no loss has seen, may be too large
+            if not all(x.isfinite().all() for x in agent.policy_and_value(agent.encode(obs[T, :1]))):
+                raise FloatingPointError("not finite: log_probs or value, after the update")
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         run.end_iteration(metrics, ratios, learned)
 
@@ -382,16 +384,17 @@ class Run:
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
 
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
-        self.dir = Path(args.run_dir or f"runs/{name}")
+        self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed
         try:
+            str(self.dir).encode()  # TensorBoard takes UTF-8 only
             self.dir.mkdir(parents=True, exist_ok=True)
             self.episodes = open(self.dir / "episodes.csv", "a", buffering=1)  # each line is flushed
             fcntl.flock(self.episodes, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             args.check("run_dir", False, f"cannot be used, or another process is at it: {error}")
         git = {"shell": True, "cwd": script.parent, "capture_output": True, "text": True}
         commit = subprocess.run("git describe --always --abbrev=40 --exclude '*' --dirty", **git).stdout.strip()
-        if commit and script.name not in subprocess.run("git ls-files", **git).stdout.splitlines():
+        if commit and script.name not in subprocess.run("git ls-files -z", **git).stdout.split("\0"):
             commit += "-untracked"
         config = {
             "script": script.name,
@@ -412,14 +415,14 @@ class Run:
                 self.state = torch.load(path, map_location="cpu", weights_only=True)
                 assert self.episodes.tell() >= self.state["episodes_bytes"]
                 before = self.state["config"]["args"] | {"script": self.state["config"]["script"]}
+                resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
+                self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
             except Exception:  # of many kinds, as any byte may be wrong
                 args.check("run_dir", False, "its checkpoint.pt or its episodes.csv is damaged")
             now = self.config["args"] | {"script": script.name}
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            resumes = [*self.state["config"]["resumes"], self.state["iterations"] * self.rollout]
-            self.config |= {"id": self.state["config"]["id"], "resumes": resumes}
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout
         if step + self.rollout > args.total_timesteps:
@@ -428,11 +431,11 @@ class Run:
 
         text = json.dumps(self.config, indent=2) + "\n"
         (self.dir / "config.json").write_text(text)
-        (self.dir / script.name).write_bytes(script.read_bytes())
+        if self.dir != script.parent:  # else it is there already: a full disk must not take it
+            (self.dir / script.name).write_bytes(script.read_bytes())
         (self.dir / "agent.pt").unlink(missing_ok=True)
-        self.episodes.truncate(self.state.get("episodes_bytes", 0))  # what came later is made again
-        if not self.state:
-            self.episodes.write("global_step,return,length\n")
+        self.episodes.seek(self.episodes.truncate(self.state.get("episodes_bytes", 0)))  # what came later is made again
+        self.episodes.write("" if self.state else "global_step,return,length\n")
         if args.track:
             import wandb  # optional, and nobody else should have to wait for it
 
@@ -447,7 +450,7 @@ class Run:
 
     def stop(self, number: int, _) -> None:
         """On a signal: end after this iteration. The second of the kind ends the process at once."""
-        self.signal = signal.Signals(number)
+        self.signal, self.bar.disable = signal.Signals(number), True  # the bar's pipe may have ended with the signal
         signal.signal(number, signal.SIG_DFL)
 
     def log_episodes(self, step: int, episodes: dict[int, tuple[float, int]]) -> None:
@@ -476,20 +479,22 @@ class Run:
         os.fsync(self.episodes.fileno())
         state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}
         state |= {"config": self.config, "episodes_bytes": self.episodes.tell()}
-        torch.save(state | {"iterations": self.iterations, "seconds": seconds}, content := io.BytesIO())
+        state |= {"iterations": self.iterations, "seconds": seconds}
+        for name, part in {**({"agent": state["agent"]} if complete else {}), "checkpoint": state}.items():
+            torch.save(part, content := io.BytesIO())  # not to the file: what a full disk raises is no OSError there
+            temporary = self.dir / f"{name}.tmp"
+            try:  # at any instant, power cuts included, the old file or the new one is there
+                with open(temporary, "wb") as file:
+                    file.write(content.getvalue())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.dir / f"{name}.pt")
+            finally:
+                temporary.unlink(missing_ok=True)
         if complete:
-            torch.save(state["agent"], self.dir / "agent.pt")
-            self.bar.write(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
-        temporary = self.dir / "checkpoint.tmp"
-        try:  # at any instant, power cuts included, the old checkpoint or the new one is there
-            with open(temporary, "wb") as file:
-                file.write(content.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.dir / "checkpoint.pt")
-        finally:
-            temporary.unlink(missing_ok=True)
-        if self.signal and not complete:
+            self.bar.close()
+            print(f"{self.dir}: complete; curves: tensorboard --logdir {self.dir.parent}")
+        elif self.signal:
             print(f"\nstopped by {self.signal.name}; to go on: the same, with --run-dir {self.dir}", file=sys.stderr)
             raise SystemExit(75)
 
@@ -497,7 +502,7 @@ class Run:
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread: its error is raised again here, and told below
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # whatever the locale
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and a path's bytes
     try:
         train(tyro.cli(Args, description=__doc__))
     except (FloatingPointError, OSError) as error:  # OSError: a full disk, say; the last checkpoint is whole

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
 

@@ -2,9 +2,9 @@
 
 Whatever the flags, a script must make a clean run, or say what is wrong in one line (or in tyro's box, for what is not
 even of a flag's type) and end with exit code 2, or 1 where training met something that is not finite. Never a
-traceback, a hang, or a process that dies. Each command line is run in a fork of this process, which has loaded the
-libraries and used none, so that the seconds they take are paid once. Not tried: --compile, which takes minutes, and
-sizes that are allowed and take for ever.
+traceback, a hang, or a process that dies; a clean run says that it is complete. Each command line is run in a fork of
+this process, which has loaded the libraries and used none, so that the seconds they take are paid once. Not tried:
+sizes that are allowed and take for ever, and --run-dir / with what that would leave.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
+from tests.forked import in_fork
+
 SCRIPTS = ("deep_spi_ppo", "deep_spi_ppo_atari", "deepmdp_ppo_atari", "ppo_baseline")
 SMALL = (
     "--num-envs 2 --num-steps 4 --total-timesteps 16 --num-minibatches 1 --update-epochs 1 --chunk-length 1 --seed 1"
 )
-SECONDS = 60  # after which a process counts as hung; a clean run takes one or two
+SECONDS = 120  # after which a process counts as hung; a clean run takes one or two
 INTEGERS = ("-9999999999", "-1", "0", "1", "2", "3", "4", "7", "2147483648", "99999999999999999999", "1.5", "x", "")
 SIZES = ("-1", "0", "1", "2", "3", "4", "8", "1.5", "x", "")  # of what may take as long as it is large
 FLOATS = (
@@ -48,7 +50,8 @@ FLOATS = (
     "1e300",
     "x",
 )
-WORDS = ("", "x", "run", "a/b", "../up", ".", "/", "-", "--seed", "/dev/null/x", "/proc/x", "ü ☃", "x" * 300, "%s {}")
+WORDS = ("", "x", "run", "a/b", "../up", ".", "..", "-", "--seed", "/dev/null", "/dev/null/x", "/proc/x", "/sys", "log")
+WORDS += ("ü ☃", "\udcff", "x" * 300, "x" * 255, "%s {}", "a\nb", "$HOME", "~")
 GAMES = ("Pong-v5", "Boxing-v5", "Breakout-v5", "CartPole-v1", "Acrobot-v1", "FrozenLake-v1", "Pendulum-v1", "pong", "")
 LONG = {"total_timesteps", "num_envs", "num_steps", "update_epochs", "num_minibatches", "chunk_length"}
 
@@ -71,7 +74,7 @@ def words_of(field) -> st.SearchStrategy[list[str]]:
 
 def command_lines(script) -> st.SearchStrategy[list[str]]:
     """Up to three flags after those that keep a run small; now and then one that there is not."""
-    flags = [words_of(field) for field in fields(script.Args) if field.name != "compile"]
+    flags = [words_of(field) for field in fields(script.Args)]
     unknown = st.sampled_from([["--no-such-flag"], ["word"], ["-h"]])
     chosen = st.lists(st.one_of(*flags, unknown), max_size=3)
     return chosen.map(lambda groups: [*SMALL.split(), "--device", "cpu", *(word for group in groups for word in group)])
@@ -79,37 +82,9 @@ def command_lines(script) -> st.SearchStrategy[list[str]]:
 
 def run(script, words: list[str], folder: Path) -> tuple[int, str]:
     """The command line in a fork of this process: exit code, or minus the signal that ended it, and its output."""
-    log = folder / "log"
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.argv = [f"{script.__name__}.py", *words]
-        code = 1
-        try:
-            exec(compile(main_block(script), script.__file__, "exec"), vars(script))
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -signal.SIGALRM, log.read_text(errors="replace")
+    sys.argv = [f"{script.__name__}.py", *words]
+    code = compile(main_block(script), script.__file__, "exec")
+    return in_fork(lambda: exec(code, vars(script)), folder, SECONDS)
 
 
 def main_block(script) -> str:
@@ -138,6 +113,7 @@ def judge(code: int, output: str) -> str:
 def fuzz(name: str, examples: int, seed: int) -> dict[int, int]:
     """How many command lines ended with which exit code. Raises AssertionError for the first that ended badly."""
     script, codes = importlib.import_module(name), {}
+    os.environ["WANDB_MODE"] = "disabled"  # --track is not to call home
     with tempfile.TemporaryDirectory() as folder:
 
         @settings(
@@ -153,6 +129,8 @@ def fuzz(name: str, examples: int, seed: int) -> dict[int, int]:
             code, output = run(script, words, own)
             codes[code] = codes.get(code, 0) + 1
             wrong = judge(code, output)
+            if code == 0 and "-h" not in words and ": complete" not in output:
+                wrong = wrong or "exit code 0, and no run that is complete"
             assert not wrong, f"{name}.py {' '.join(map(repr, words))}: {wrong}\n{output[-3000:]}"
 
         with_seed(seed)(one)()

@@ -2,21 +2,35 @@
 
 import envpool
 import numpy as np
+import pytest
 import torch
 
 import deep_spi_ppo
+import ppo_baseline
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting")  # EnvPool's own spaces
 
 
-def test_environment_streams_of_two_seeds_never_overlap():
-    seeds = [env_seed for seed in range(200) for env_seed in deep_spi_ppo.env_seeds(seed, 128)]
-    assert len(set(seeds)) == len(seeds)
+def test_environment_streams_of_two_seeds_never_overlap(monkeypatch):
+    seeds, make = [], envpool.make
+
+    def recorded(*names, env_seed, **settings):
+        seeds.extend(env_seed)
+        return make(*names, env_seed=env_seed[:1], **(settings | {"num_envs": 1, "num_threads": 1}))
+
+    monkeypatch.setattr(deep_spi_ppo, "what_is_wrong", lambda _: "")  # which makes an environment of its own
+    monkeypatch.setattr("envpool.make", recorded)
+    for seed in range(50):
+        for start in (0, 3):  # a run that goes on after three iterations has streams of its own
+            deep_spi_ppo.Games(deep_spi_ppo.Args(seed=seed, num_envs=128), start)
+    assert len(set(seeds)) == len(seeds) == 50 * 2 * 128
     assert all(0 <= env_seed < 2**31 for env_seed in seeds)
 
 
 def test_dummy_rows_are_where_the_scripts_expect_them():
     """After an end comes one row whose action is ignored: reward 0, no end, and the first frame of a new episode."""
     args = deep_spi_ppo.Args(num_envs=4)
-    envs = deep_spi_ppo.make_envs(args)
+    envs = deep_spi_ppo.Games(args).envs
     obs, _ = envs.reset()
     done, ends = np.zeros(4, dtype=bool), 0
     for _ in range(200):
@@ -44,7 +58,7 @@ def test_time_limit_is_a_truncation_with_its_true_last_observation():
 
 def test_reward_scaler_divides_by_the_deviation_of_the_discounted_return():
     random = np.random.default_rng(0)
-    scaler = deep_spi_ppo.RewardScaler(3, 0.9, torch.device("cpu"))
+    scaler = deep_spi_ppo.RewardScaler(3, 0.9)
     discounted, seen = np.zeros(3), []
     dones = np.zeros((17, 3), dtype=bool)
     for _ in range(4):
@@ -64,12 +78,39 @@ def test_reward_scaler_divides_by_the_deviation_of_the_discounted_return():
 
 
 def test_reward_scaler_survives_rewards_that_are_all_0():
-    scaler = deep_spi_ppo.RewardScaler(2, 0.99, torch.device("cpu"))
+    scaler = deep_spi_ppo.RewardScaler(2, 0.99)
     assert (scaler.scale(torch.zeros(8, 2), torch.zeros(9, 2, dtype=torch.bool)) == 0).all()
 
 
 def test_observations_become_vectors():
-    one_hot = deep_spi_ppo.vectorize(np.array([2, 0], dtype=np.int32), 3)
-    assert one_hot.tolist() == [[0, 0, 1], [1, 0, 0]] and one_hot.dtype == np.float32
-    flat = deep_spi_ppo.vectorize(np.arange(12, dtype=np.float64).reshape(2, 3, 2), 6)
-    assert flat.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]] and flat.dtype == np.float32
+    games = deep_spi_ppo.Games(deep_spi_ppo.Args(env_id="FrozenLake-v1", num_envs=2))
+    one_hot = games.vectorize(np.array([2, 0], dtype=np.int32))
+    assert one_hot.dtype == torch.float32 and one_hot.shape == (2, 16)
+    assert one_hot.nonzero().tolist() == [[0, 2], [1, 0]]
+    games.num_inputs = 6
+    flat = games.vectorize(np.arange(12, dtype=np.float64).reshape(2, 3, 2))
+    assert flat.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]] and flat.dtype == torch.float32
+
+
+class RecordedLives:
+    """Stands in for EnvPool: rows of (terminated, game over, lives, reward) for one game."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def step(self, _):
+        terminated, over, lives, reward = next(self.rows)
+        info = {"lives": np.array([lives]), "terminated": np.array([over]), "reward": np.array([reward])}
+        no = np.zeros(1, dtype=bool)
+        return np.zeros((1, 4, 84, 84), np.uint8), np.array([reward], np.float32), np.array([terminated]), no, info
+
+
+def test_a_game_also_ends_where_lives_go_up_after_a_lost_life():
+    """EnvPool raises no flag if a game ends in the no-ops after a lost life: only the next game's lives tell."""
+    games = ppo_baseline.Games(ppo_baseline.Args(env_id="RoadRunner-v5", num_envs=1, num_minibatches=1))
+    rows = [(False, 0, 2, 100.0), (True, 0, 1, 0.0), (False, 0, 1, 0.0), (False, 0, 1, 50.0), (True, 0, 0, 7.0)]
+    rows += [(False, 0, 3, 0.0), (False, 0, 3, 5.0), (True, 1, 0, 1.0), (False, 0, 3, 0.0)]
+    games.envs = RecordedLives(rows)
+    ended = [games.step(torch.zeros(1, dtype=torch.int64))[-1] for _ in range(9)]
+    assert ended[5] == {0: (157.0, 4)} and ended[7] == {0: (6.0, 2)}  # the first untold, the second told
+    assert not any(ended[t] for t in (0, 1, 2, 3, 4, 6, 8))

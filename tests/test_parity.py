@@ -55,8 +55,8 @@ DEEP_SPI_MISTAKES = {
         "utility = normalize(batch.advantages - penalty, batch.mask)",
     ),
     "z' detached": (
-        "agent.transition_model(z, batch.actions, noise), next_z)",
-        "agent.transition_model(z, batch.actions, noise), next_z.detach())",
+        "agent.transition_model(z, batch.actions, noise), next_z)  # (M,)",
+        "agent.transition_model(z, batch.actions, noise), next_z.detach())  # (M,)",
     ),
     "z detached": ("reward_loss(agent.reward_model(z, ", "reward_loss(agent.reward_model(z.detach(), "),
     "mean over the latent": ('reduction="none").flatten(1).sum(-1)', 'reduction="none").flatten(1).mean(-1)'),
@@ -73,8 +73,8 @@ DEEP_SPI_MISTAKES = {
     ),
     "z' is z": ("z[:, 1:].flatten(0, 1)", "z[:, :-1].flatten(0, 1)"),
     "rows in another order": (
-        "return z[:, : len(batch.actions) // len(z)].flatten(0, 1)",
-        "return z[:, : len(batch.actions) // len(z)].flip(0).flatten(0, 1)",
+        "return z[:, :length].flatten(0, 1)",
+        "return z[:, :length].flip(0).flatten(0, 1)",
     ),
     "padded at the top": ("F.pad(z, (0, 0, 0, 1, 0, 1))", "F.pad(z, (0, 0, 0, 1, 1, 0))"),
     "padded at the left": ("F.pad(z, (0, 0, 0, 1, 0, 1))", "F.pad(z, (0, 0, 1, 0, 0, 1))"),

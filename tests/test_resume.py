@@ -1,7 +1,7 @@
-"""Runs that survive signals, kills, full disks and damaged checkpoints; a resumed run is what it would have been."""
+"""Runs that survive signals, kills, full disks and damaged checkpoints; one gone on with is what it would have been."""
 
+import contextlib
 import csv
-import hashlib
 import io
 import json
 import os
@@ -9,22 +9,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import deep_spi_ppo
 import deep_spi_ppo_atari
 import deepmdp_ppo_atari
 import ppo_baseline
-from benchmark.collect import read_events
 from tests.conftest import STOP_SIGNALS
 from tests.kill_and_resume import check_run, kill_and_resume
-from tests.launch import ROOT
+from tests.launch import ROOT, launch
 
 SCRIPTS = (deep_spi_ppo, deep_spi_ppo_atari, deepmdp_ppo_atari, ppo_baseline)
 ids = lambda script: script.__name__  # noqa: E731
@@ -39,141 +40,237 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def small_args(script, folder: Path, name: str = "run", iterations: int = 6, **settings):
+def small_args(script, run_dir: Path, iterations: int = 4, **settings):
     """Small settings. For the baseline, games that end within them; the others' updates take longer."""
     sizes = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "env_id": "Boxing-v5"}
     if script is ppo_baseline:
-        sizes |= {"num_steps": 400, "env_id": "SpaceInvaders-v5"}
+        sizes |= {"num_steps": 128, "env_id": "Breakout-v5"}
     if script is deep_spi_ppo:
         sizes = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "sticky": 0.3}
     steps = iterations * sizes["num_envs"] * sizes["num_steps"]
     sizes |= {"total_timesteps": steps, "device": "cpu", "precision": "fp32"}
-    args = script.Args(runs_dir=str(folder), run_name=name, seed=3, **sizes)
-    return replace(args, **settings)
+    return replace(script.Args(run_dir=str(run_dir), seed=3, **sizes), **settings)
 
 
-def at_call(monkeypatch, script, function: str, number: int, action: Callable) -> None:
-    """Do something when the script calls one of its functions for the number-th time, from 1."""
-    original, calls = getattr(script, function), []
+def at_call(monkeypatch, owner, function: str, number: int, action: Callable[[], None]) -> None:
+    """Do something when one of the owner's functions is called for the number-th time, from 1."""
+    original, calls = getattr(owner, function), []
 
-    def wrapper(*inputs):
+    def wrapper(*inputs, **named):
         calls.append(None)
         if len(calls) == number:
             action()
-        return original(*inputs)
+        return original(*inputs, **named)
 
-    monkeypatch.setattr(script, function, wrapper)
+    monkeypatch.setattr(owner, function, wrapper)
+
+
+@contextlib.contextmanager
+def as_a_process(script) -> Iterator[None]:
+    """What the end of a process does, which each run has for its own: the handlers go, and the lock on its files."""
+    runs, handlers = [], {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    class Run(script.Run):
+        def __init__(self, args):
+            runs.append(self)
+            super().__init__(args)
+
+    original, script.Run = script.Run, Run
+    try:
+        yield
+    finally:
+        script.Run = original
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for run in runs:
+            for name in ("episodes", "writer", "bar"):
+                if hasattr(run, name):
+                    getattr(run, name).close()
+
+
+def train(script, args) -> None:
+    """Start a run, or go on with it."""
+    with as_a_process(script):
+        script.train(args)
 
 
 def stop(script, args) -> int:
     """Run until it ends early; its exit code."""
     with pytest.raises(SystemExit) as ended:
-        script.train(args)
+        train(script, args)
     return ended.value.code
 
 
-def checkpoint_of(script, args) -> dict:
-    """The run's checkpoint, loaded as these arguments would resume it."""
-    run = script.describe_run(args, torch.device("cpu"), "fp32")
-    return script.load_checkpoint(Path(args.runs_dir) / args.run_name, run)
+def checkpoint_of(args) -> dict:
+    return torch.load(Path(args.run_dir) / "checkpoint.pt", weights_only=True)
 
 
-def weights(folder: Path, name: str = "run") -> dict[str, torch.Tensor]:
-    return torch.load(folder / name / "agent.pt", weights_only=True)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# ---- Resuming
+def equal(first: object, second: object) -> bool:
+    """Tensor by tensor, value by value, type by type."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(equal(first[name], second[name]) for name in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
 
 
-class Rebuilt:
-    """Environments that can be replaced by those a resumed run would get."""
+# ---- Going on
 
-    def __init__(self, make_envs, args):
-        self.make_envs, self.args, self.envs = make_envs, args, make_envs(args, 0)
 
-    def rebuild(self):
-        self.envs = self.make_envs(self.args, 1)
+def logged(run_dir: Path) -> tuple[dict[str, list], dict[str, list]]:
+    """All scalars and all histograms of a run: tag -> (step, value)."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    tags = events.Tags()
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    histograms = {
+        tag: [(event.step, event.histogram_value) for event in events.Histograms(tag)] for tag in tags["histograms"]
+    }
+    return scalars, histograms
 
-    def reset(self):
-        return self.envs.reset()
 
-    def step(self, actions):
-        return self.envs.step(actions)
+def start_new_games_after(iteration: int, script, monkeypatch) -> None:
+    """Let a run start new games after so many iterations: what a run that goes on cannot keep, and nothing else.
+
+    The first observation of a rollout, and whether an episode ended there, are what the rollout before it left: the
+    observation that `train` has encoded last before the advantages, and the last row of the calendar that they get.
+    """
+    kept = {}
+    games_class, encode, compute_gae = script.Games, script.Agent.encode, script.compute_gae
+
+    def keep_games(*inputs):
+        kept["games"] = games_class(*inputs)
+        return kept["games"]
+
+    def keep_obs(agent, obs):
+        kept["encoded"] = obs
+        return encode(agent, obs)
+
+    def keep_last(rewards, values, is_terminal, is_last, *settings):
+        kept["obs"], kept["is_last"] = kept["encoded"], is_last
+        return compute_gae(rewards, values, is_terminal, is_last, *settings)
+
+    class Run(script.Run):
+        def end_iteration(self, metrics, ratios, learned):
+            super().end_iteration(metrics, ratios, learned)
+            if self.iterations == iteration:
+                vars(kept["games"]).update(vars(games_class(self.args, iteration)))
+                kept["obs"].copy_(kept["games"].reset())
+                kept["is_last"][-1] = False
+                if script is deep_spi_ppo:
+                    learned["reward_scaler"].discounted.zero_()
+
+    monkeypatch.setattr(script, "Games", keep_games)
+    monkeypatch.setattr(script.Agent, "encode", keep_obs)
+    monkeypatch.setattr(script, "compute_gae", keep_last)
+    monkeypatch.setattr(script, "Run", Run)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)
-def test_resumed_run_equals_the_uninterrupted_one(script, monkeypatch, tmp_path):
-    """To the last bit, if that one also starts new environments at the checkpoint: what a resume cannot keep.
-
-    There the uninterrupted run's own variables are given a new start, from within the call that writes the checkpoint.
-    """
-    interrupted = small_args(script, tmp_path, "interrupted")
+def test_interrupted_run_equals_the_uninterrupted_one(script, monkeypatch, tmp_path):
+    """To the last bit, if that one also starts new games at the checkpoint."""
+    interrupted = small_args(script, tmp_path / "interrupted")
     with monkeypatch.context() as patch:
-        at_call(patch, script, "compute_gae", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patch, script, "compute_gae", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert stop(script, interrupted) == 75
+    assert checkpoint_of(interrupted)["iterations"] == 2
     time.sleep(1.1)  # TensorBoard orders a run's files by the second
-    script.train(replace(interrupted, resume=True))
+    train(script, interrupted)
 
-    whole = small_args(script, tmp_path, "whole", checkpoint_interval=3)
-    made, make_envs, write_whole = [], script.make_envs, script.write_whole
-
-    def make_rebuilt(args, _):
-        made.append(Rebuilt(make_envs, args))
-        return made[0]
-
-    def write_and_start_anew(path, content):
-        write_whole(path, content)
-        if path.name != "checkpoint.pt":
-            return
-        own = sys._getframe(1).f_locals  # of train
-        made[0].rebuild()
-        first = made[0].reset()[0]
-        if script is deep_spi_ppo:
-            first = script.vectorize(first, 4)
-            own["dummy"][:], own["executed"][:] = True, 0
-            own["reward_scaler"].discounted.zero_()
-        else:
-            first = first.transpose(0, 2, 3, 1)
-        own["obs"][-1] = torch.from_numpy(first)
-        own["dones"][-1], own["done"][:] = False, False
-        own["episodic_return"][:], own["episodic_length"][:] = 0, 0
-
-    monkeypatch.setattr(script, "make_envs", make_rebuilt)
-    monkeypatch.setattr(script, "write_whole", write_and_start_anew)
-    script.train(whole)
-    ours, theirs = weights(tmp_path, "interrupted"), weights(tmp_path, "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    whole = small_args(script, tmp_path / "whole", checkpoint_interval=2)
+    with monkeypatch.context() as patch:
+        start_new_games_after(2, script, patch)
+        train(script, whole)
+    ours, theirs = (torch.load(tmp_path / name / "agent.pt", weights_only=True) for name in ("interrupted", "whole"))
+    assert equal(ours, theirs)
+    ours, theirs = checkpoint_of(interrupted), checkpoint_of(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(equal(ours[name], theirs[name]) for name in ours if name not in ("config", "seconds"))
     texts = [(tmp_path / name / "episodes.csv").read_text() for name in ("interrupted", "whole")]
     assert texts[0] == texts[1]
     assert len(texts[0].splitlines()) > {deep_spi_ppo: 10, ppo_baseline: 3}.get(script, 0)
     check_run(tmp_path / "interrupted")
-    for tag, (steps, values) in read_events(tmp_path / "whole").items():
-        resumed_steps, resumed_values = read_events(tmp_path / "interrupted")[tag]
-        np.testing.assert_array_equal(resumed_steps, steps)
-        if tag != "charts/SPS":
-            np.testing.assert_array_equal(resumed_values, values)
-    (resume,) = json.loads((tmp_path / "interrupted" / "config.json").read_text())["resumes"]
-    assert resume["global_step"] == whole.total_timesteps // 2
+    (ours, our_histograms), (theirs, their_histograms) = (logged(tmp_path / name) for name in ("interrupted", "whole"))
+    assert ours.pop("charts/SPS") != theirs.pop("charts/SPS")
+    assert ours == theirs and our_histograms == their_histograms and len(their_histograms["spi/ratios"]) == 2
+    config = json.loads((tmp_path / "interrupted" / "config.json").read_text())
+    assert config["resumes"] == [whole.total_timesteps // 2]
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["resumes"] == []
 
 
-def test_each_resume_has_environments_of_its_own():
-    for script in SCRIPTS:
-        streams = [script.env_seeds(7, 128, resumes) for resumes in range(4)]
-        assert streams[0] == script.env_seeds(7, 128)
-        assert len({seed for stream in streams for seed in stream}) == 4 * 128
-        assert all(0 <= seed < 2**31 for stream in streams for seed in stream)
+def test_new_games_change_the_run(monkeypatch, tmp_path):
+    """So that the test above is one that can fail."""
+    train(deep_spi_ppo, small_args(deep_spi_ppo, tmp_path / "same"))
+    with monkeypatch.context() as patch:
+        start_new_games_after(2, deep_spi_ppo, patch)
+        train(deep_spi_ppo, small_args(deep_spi_ppo, tmp_path / "new"))
+    episodes = [(tmp_path / name / "episodes.csv").read_text() for name in ("same", "new")]
+    half = small_args(deep_spi_ppo, tmp_path).total_timesteps // 2
+    first, second = ([line for line in text.splitlines()[1:] if int(line.split(",")[0]) <= half] for text in episodes)
+    assert first == second and episodes[0] != episodes[1]
 
 
-def test_a_finished_run_is_left_alone_or_made_longer(tmp_path, capsys):
-    args = small_args(deep_spi_ppo, tmp_path)
-    deep_spi_ppo.train(args)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    deep_spi_ppo.train(replace(args, resume=True))
-    assert "complete" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_each_start_has_games_of_its_own(script, monkeypatch):
+    seeds = []
+
+    def make(*_, env_seed, **__):
+        seeds.append(env_seed)
+        raise InterruptedError
+
+    args = script.Args(device="cpu")
+    monkeypatch.setattr(script.envpool, "make", make)
+    for start in (0, 1, 2, 300, 0):
+        with pytest.raises(InterruptedError):
+            script.Games(args, start)
+    assert seeds[0] == seeds.pop()
+    assert len({seed for stream in seeds for seed in stream}) == 4 * args.num_envs
+    assert all(0 <= seed < 2**31 for stream in seeds for seed in stream)
+
+
+def test_a_finished_run_is_left_alone_or_made_longer(monkeypatch, tmp_path, capsys):
+    args = small_args(deep_spi_ppo, tmp_path / "run")
+    train(deep_spi_ppo, args)
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    for steps in (args.total_timesteps, args.total_timesteps // 2, args.total_timesteps + 4 * 32 - 1):
+        assert stop(deep_spi_ppo, replace(args, total_timesteps=steps)) == 0
+        captured = capsys.readouterr()
+        assert "complete" in captured.out and len(captured.out.splitlines()) == 1 and captured.err == ""
+    assert contents(tmp_path / "run") == before
     time.sleep(1.1)
-    deep_spi_ppo.train(replace(args, resume=True, total_timesteps=2 * args.total_timesteps))
+    longer = replace(args, total_timesteps=2 * args.total_timesteps)
+    with monkeypatch.context() as patch:  # old weights beside newer ones would be taken for the result
+        at_call(patch, deep_spi_ppo, "compute_gae", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert stop(deep_spi_ppo, longer) == 75
+    assert "agent.pt" not in contents(tmp_path / "run")
+    time.sleep(1.1)
+    train(deep_spi_ppo, longer)
     check_run(tmp_path / "run")
+    assert equal(torch.load(tmp_path / "run" / "agent.pt", weights_only=True), checkpoint_of(args)["agent"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["resumes"] == [512, 640]
+
+
+def test_a_folder_without_a_checkpoint_is_a_new_run(monkeypatch, tmp_path):
+    """As where a run was killed before its first checkpoint: nothing of it stays in the tables."""
+    args = small_args(deep_spi_ppo, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_call(patch, deep_spi_ppo, "compute_gae", 3, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(deep_spi_ppo, args)
+    assert "checkpoint.pt" not in contents(tmp_path / "run")
+    time.sleep(1.1)
+    train(deep_spi_ppo, args)
+    train(deep_spi_ppo, small_args(deep_spi_ppo, tmp_path / "again"))
+    check_run(tmp_path / "run")
+    assert (tmp_path / "run" / "episodes.csv").read_text() == (tmp_path / "again" / "episodes.csv").read_text()
 
 
 # ---- Signals
@@ -183,205 +280,377 @@ def test_a_finished_run_is_left_alone_or_made_longer(tmp_path, capsys):
 @pytest.mark.parametrize("moment", ["setup", "rollout", "update", "checkpoint"])
 def test_signal_stops_the_run_after_its_iteration(moment, number, monkeypatch, tmp_path, capsys):
     script, send = deep_spi_ppo, lambda: os.kill(os.getpid(), number)
-    args = small_args(script, tmp_path, checkpoint_interval=2)
-    function, call = {
-        "setup": ("make_envs", 1),
-        "rollout": ("vectorize", 80),  # of 1 at the start and 32 in each rollout
-        "update": ("compute_loss", 6),  # of 2 in each iteration
-        "checkpoint": ("write_whole", 2),  # of config.json, then checkpoint.pt after 2 iterations
+    args = small_args(script, tmp_path / "run", checkpoint_interval=2)
+    owner, function, call = {
+        "setup": (script, "Games", 1),
+        "rollout": (script.Games, "step", 80),  # of 32 in each rollout
+        "update": (script, "compute_loss", 6),  # of 2 in each iteration
+        "checkpoint": (script.os, "fsync", 1),  # after 2 iterations
     }[moment]
     with monkeypatch.context() as patch:
-        at_call(patch, script, function, call, send)
+        at_call(patch, owner, function, call, send)
         assert stop(script, args) == 75
     captured = capsys.readouterr()
-    assert f"stopped by {number.name}" in captured.err and captured.err.rstrip().endswith("--resume")
-    iterations = checkpoint_of(script, args)["iterations"]
-    assert iterations == {"setup": 1, "rollout": 3, "update": 3, "checkpoint": 3}[moment]
+    (line,) = [line for line in captured.err.splitlines() if "stopped" in line]
+    assert line.startswith(f"stopped by {number.name}; ") and line.endswith(f" --run-dir {args.run_dir}")
+    iterations = checkpoint_of(args)["iterations"]
+    assert iterations == {"setup": 1, "rollout": 3, "update": 3, "checkpoint": 2}[moment]
+    assert not {"agent.pt", "checkpoint.tmp"} & set(contents(tmp_path / "run"))
     time.sleep(1.1)
-    script.train(replace(args, resume=True))
+    train(script, args)
     check_run(tmp_path / "run")
 
 
-def test_second_signal_ends_at_once():
-    """As it would without the first: here by the signal itself."""
-    code = "import deep_spi_ppo, os, signal, time; deep_spi_ppo.catch_signals()\n"
-    code += "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == -signal.SIGTERM
+SIGNALS = """
+import os, signal, sys, time
+import deep_spi_ppo
+number = signal.Signals[sys.argv[2]]
+end_iteration = deep_spi_ppo.Run.end_iteration
+def interrupted(*inputs):
+    for _ in range(int(sys.argv[3])):
+        os.kill(os.getpid(), number)
+    end_iteration(*inputs)
+deep_spi_ppo.Run.end_iteration = interrupted
+deep_spi_ppo.train(deep_spi_ppo.Args(run_dir=sys.argv[1], total_timesteps=2 * 512, num_envs=8, device="cpu"))
+"""
 
 
-# ---- Checkpoints that cannot be resumed
+@pytest.mark.parametrize(
+    ("name", "count", "ignored", "code"), [("SIGTERM", 2, False, -15), ("SIGHUP", 1, False, 75), ("SIGHUP", 1, True, 0)]
+)
+def test_second_signal_ends_at_once_and_what_nohup_ignores_stays_ignored(name, count, ignored, code, tmp_path):
+    command = [sys.executable, "-c", SIGNALS, str(tmp_path / "run"), name, str(count)]
+    ignore = (lambda: signal.signal(signal.Signals[name], signal.SIG_IGN)) if ignored else None
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=ignore)
+    assert done.returncode == code, done.stderr
+    assert (f"stopped by {name}" in done.stderr) == (code == 75)
+    if code == 0:
+        check_run(tmp_path / "run")
+
+
+# ---- Two processes, one folder
+
+
+def test_a_second_process_is_refused(monkeypatch, tmp_path):
+    """A run started twice at once: the second says so in one line and touches nothing; the first goes on unharmed."""
+    args = small_args(deep_spi_ppo, tmp_path / "run")
+    flags = "--num-envs 4 --num-steps 32 --num-minibatches 2 --update-epochs 1 --sticky 0.3 --seed 3 --device cpu"
+    flags += f" --total-timesteps {args.total_timesteps} --run-dir {args.run_dir}"
+    done = []
+
+    def second():
+        before = contents(tmp_path / "run")
+        done.append(launch("deep_spi_ppo.py", flags.split()))
+        after = contents(tmp_path / "run")
+        assert after.keys() == before.keys()  # TensorBoard's file grows meanwhile: the first writes it now and then
+        assert all(after[name] == before[name] for name in before if not name.startswith("events."))
+
+    at_call(monkeypatch, deep_spi_ppo, "compute_gae", 3, second)
+    train(deep_spi_ppo, args)
+    assert done[0].returncode == 2 and done[0].stdout == ""
+    (line,) = done[0].stderr.splitlines()
+    assert line.startswith(f"error: --run-dir: got {args.run_dir!r}; ") and "another process" in line
+    check_run(tmp_path / "run")
+    done = launch("deep_spi_ppo.py", flags.split())  # once the first has ended, its lock is gone
+    assert done.returncode == 0 and "complete" in done.stdout
+
+
+# ---- Checkpoints that cannot be gone on from
 
 
 @pytest.fixture(scope="module")
 def checkpointed(tmp_path_factory):
-    """A finished small run, and its checkpoint's content."""
+    """A finished small run's folder, arguments that make it longer, and its checkpoint's content."""
     folder = tmp_path_factory.mktemp("checkpointed")
-    args = small_args(deep_spi_ppo, folder, iterations=2)
-    deep_spi_ppo.train(args)
-    longer = replace(args, resume=True, total_timesteps=10 * args.total_timesteps)
+    args = small_args(deep_spi_ppo, folder / "run", iterations=2)
+    train(deep_spi_ppo, args)
+    longer = replace(args, total_timesteps=10 * args.total_timesteps)
     return folder / "run", longer, (folder / "run" / "checkpoint.pt").read_bytes()
 
 
-def assert_refused(run_dir: Path, args, content: bytes, capsys, *words: str) -> None:
-    """One line on stderr that has the words, exit code 2, and the file as it was."""
-    (run_dir / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(SystemExit) as refused:
-        checkpoint_of(deep_spi_ppo, args)
+@pytest.fixture
+def unwritten(monkeypatch):
+    """Runs that are opened and have nothing to do with Git, TensorBoard and the weights, many times a second."""
+
+    class Nothing:
+        def __getattr__(self, _):
+            return lambda *_, **__: self
+
+        stdout = ""
+
+    monkeypatch.setattr(deep_spi_ppo, "subprocess", Nothing())
+    monkeypatch.setattr(deep_spi_ppo, "SummaryWriter", lambda *_, **__: Nothing())
+    monkeypatch.setattr(deep_spi_ppo, "tqdm", lambda *_, **__: Nothing())
+
+
+def opened(args, content: bytes) -> dict | None:
+    """The state that a run with this checkpoint goes on from, or None if it is refused. The file stays as it is."""
+    path = Path(args.run_dir) / "checkpoint.pt"
+    path.write_bytes(content)
+    run, code = deep_spi_ppo.Run.__new__(deep_spi_ppo.Run), 0
+    try:
+        run.__init__(args)
+    except SystemExit as refused:
+        code = refused.code
+    finally:
+        run.episodes.close()
+    assert path.read_bytes() == content
+    assert code in (0, 2)
+    return None if code else run.state
+
+
+def assert_refused(args, content: bytes, capsys, *words: str) -> None:
+    """One line on stderr that has the words, exit code 2, and the folder as it was."""
+    run_dir = Path(args.run_dir)
+    before = contents(run_dir) | {"checkpoint.pt": content}
+    assert opened(args, content) is None
     captured = capsys.readouterr()
-    assert refused.value.code == 2
-    assert captured.out == "" and len(captured.err.strip().splitlines()) == 1, captured
+    assert captured.out == "" and len(captured.err.splitlines()) == 1, captured
+    assert captured.err.startswith(f"error: --run-dir: got {args.run_dir!r}; ")
     for word in words:
         assert word in captured.err
-    assert (run_dir / "checkpoint.pt").read_bytes() == content
+    assert contents(run_dir) == before
 
 
-def test_truncated_checkpoints_are_refused(checkpointed, capsys):
+def assert_refused_or_harmless(args, damaged: Iterator[bytes], original: dict, capsys) -> tuple[int, int]:
+    """How many of the damaged checkpoints were refused, and how many gave the original's state. Never another."""
+    refused = harmless = 0
+    for content in damaged:
+        state = opened(args, content)
+        captured = capsys.readouterr()
+        if state is None:
+            refused += 1
+            assert captured.out == "" and len(captured.err.splitlines()) == 1 and "damaged" in captured.err, captured
+        else:
+            harmless += 1
+            assert equal(state, original)
+    return refused, harmless
+
+
+def flipped(content: bytes, bits: list[int]) -> Iterator[bytes]:
+    for bit in bits:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        yield bytes(damaged)
+
+
+def test_checkpoint_is_readable_by_plain_torch(checkpointed):
+    run_dir, _, content = checkpointed
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    assert equal(state["agent"], torch.load(run_dir / "agent.pt", weights_only=True))
+    assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    assert state["config"] == json.loads((run_dir / "config.json").read_text())
+
+
+def test_truncated_checkpoints_are_refused(checkpointed, unwritten, capsys):
     """Every length of the last kilobyte, and none at all."""
-    run_dir, args, content = checkpointed
-    for length in (0, 1, 31, 32, 33, *range(len(content) - 1024, len(content))):
-        assert_refused(run_dir, args, content[:length], capsys, "damaged")
+    _, args, content = checkpointed
+    original = torch.load(io.BytesIO(content), weights_only=True)
+    lengths = (0, 1, 31, 32, 33, len(content) // 2, *range(len(content) - 1024, len(content)))
+    damaged = (content[:length] for length in lengths)
+    assert assert_refused_or_harmless(args, damaged, original, capsys) == (len(lengths), 0)
 
 
-def test_flipped_bits_are_refused(checkpointed, capsys):
-    run_dir, args, content = checkpointed
-    for bit in np.random.default_rng(0).integers(8 * len(content), size=200):
-        flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
-        assert_refused(run_dir, args, bytes(flipped), capsys, "damaged")
+def test_flipped_bits_are_refused_or_harmless(checkpointed, unwritten, capsys):
+    """Anywhere; and where no check sum looks: in the zip's own names, sizes and directory."""
+    _, args, content = checkpointed
+    original = torch.load(io.BytesIO(content), weights_only=True)
+    rng = np.random.default_rng(0)
+    anywhere = rng.integers(8 * len(content), size=1000).tolist()
+    refused, harmless = assert_refused_or_harmless(args, flipped(content, anywhere), original, capsys)
+    assert refused + harmless == 1000 and refused > 800
+    in_a_file = np.zeros(len(content), dtype=bool)
+    for entry in zipfile.ZipFile(io.BytesIO(content)).infolist():
+        start = content.index(entry.filename.encode(), entry.header_offset) + len(entry.filename)
+        in_a_file[start + 64 : start + entry.file_size] = True  # from 64 on: padding may lie before
+    outside = rng.choice(np.flatnonzero(~in_a_file), 500) * 8 + rng.integers(8, size=500)
+    refused, harmless = assert_refused_or_harmless(args, flipped(content, outside.tolist()), original, capsys)
+    assert refused > 0 and harmless > 0
 
 
-def test_foreign_checkpoints_are_refused(checkpointed, capsys):
-    run_dir, args, content = checkpointed
-    buffer = io.BytesIO()
-    torch.save({"weights": torch.zeros(3)}, buffer)
-    assert_refused(run_dir, args, buffer.getvalue(), capsys, "not a checkpoint")
-    state = torch.load(io.BytesIO(content[32:]), weights_only=True)
-    state["run"]["script"] = "deep_spi_ppo_atari.py"
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    foreign = hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
-    assert_refused(run_dir, args, foreign, capsys, "deep_spi_ppo_atari.py")
+def test_foreign_checkpoints_are_refused(checkpointed, unwritten, capsys):
+    _, args, content = checkpointed
+    state = torch.load(io.BytesIO(content), weights_only=True)
+
+    def saved(content) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    assert equal(opened(args, saved(state)), state)
+    for foreign in ({"weights": torch.zeros(3)}, [1], state["agent"], {**state, "config": 1}):
+        assert_refused(args, saved(foreign), capsys, "damaged")
+    for missing in ("config", "iterations", "episodes_bytes"):  # `train` asks for the others
+        assert_refused(args, saved({k: v for k, v in state.items() if k != missing}), capsys, "damaged")
+    for missing in ("args", "script", "id", "resumes"):
+        config = {k: v for k, v in state["config"].items() if k != missing}
+        assert_refused(args, saved({**state, "config": config}), capsys, "damaged")
+    assert_refused(args, bytes(32) + content, capsys, "damaged")  # a digest stood there in another version
+    assert_refused(args, b"no zip at all", capsys, "damaged")
+    other = {**state, "config": {**state["config"], "script": "deep_spi_ppo_atari.py"}}
+    assert_refused(args, saved(other), capsys, "deep_spi_ppo_atari.py")
 
 
-def test_changed_arguments_are_named(checkpointed, capsys):
-    run_dir, args, content = checkpointed
-    changed = replace(args, learning_rate=1e-3, seed=4, total_timesteps=10**6, checkpoint_interval=7)
-    words = ("--learning-rate was 0.002 and is 0.001", "--seed was 3 and is 4")
-    assert_refused(run_dir, changed, content, capsys, *words)
-    (run_dir / "checkpoint.pt").write_bytes(content)
-    assert checkpoint_of(deep_spi_ppo, replace(args, checkpoint_interval=7))["iterations"] == 2
-    run = deep_spi_ppo.describe_run(args, torch.device("cpu"), "bf16")  # as --precision auto may be on another machine
-    with pytest.raises(SystemExit):
-        deep_spi_ppo.load_checkpoint(run_dir, run)
-    assert "precision was 'fp32' and is 'bf16'" in capsys.readouterr().err
+def test_changed_arguments_are_named(checkpointed, unwritten, capsys):
+    _, args, content = checkpointed
+    changed = replace(args, learning_rate=1e-3, seed=4, precision="bf16", total_timesteps=10**6, checkpoint_interval=7)
+    words = ("--learning-rate 0.002, not 0.001", "--seed 3, not 4", "--precision fp32, not bf16")
+    assert_refused(changed, content, capsys, *words)
+    for name in vars(args):  # every single one, but for the four that may change
+        value = getattr(args, name)
+        other = {
+            "device": "cuda",
+            "loss_placement": "gated",
+            "env_id": "Acrobot-v1",
+            "run_dir": args.run_dir,
+            "precision": "bf16",
+        }.get(name, not value if isinstance(value, bool) else value)
+        if not isinstance(value, str | bool):
+            other = value * 2 if value else 0.5
+        changed = replace(args)  # unchecked: "cuda" and "track" may be none of this machine's
+        setattr(changed, name, other)
+        if name in ("total_timesteps", "checkpoint_interval", "run_dir"):
+            assert opened(changed, content)["iterations"] == 2
+        elif name != "track":
+            assert_refused(changed, content, capsys, f"--{name.replace('_', '-')} {value}, not {other}")
 
 
-def test_lost_episodes_are_noticed(checkpointed, capsys):
+def test_lost_episodes_are_noticed(checkpointed, unwritten, capsys):
     """Rather than papered over, when the file is cut back to where it was at the checkpoint."""
     run_dir, args, content = checkpointed
     path = run_dir / "episodes.csv"
     text = path.read_text()
     path.write_text(text[:-1])
-    assert_refused(run_dir, args, content, capsys, "episodes.csv", "lacks episodes")
+    assert_refused(args, content, capsys, "episodes.csv")
+    path.write_text("")
+    assert_refused(args, content, capsys, "episodes.csv")
     path.unlink()
-    assert_refused(run_dir, args, content, capsys, "episodes.csv", "lacks episodes")
-    path.write_text(text)
-
-
-def test_there_is_nothing_to_resume(tmp_path, capsys):
-    assert stop(deep_spi_ppo, small_args(deep_spi_ppo, tmp_path, resume=True)) == 2
-    assert "no checkpoint.pt" in capsys.readouterr().err and not list(tmp_path.iterdir())
-    assert stop(deep_spi_ppo, small_args(deep_spi_ppo, tmp_path, resume=True, run_name=None)) == 2
-    assert "--run-name" in capsys.readouterr().err
+    assert opened(args, content) is None
+    path.write_text(text + "1,2.0,3\n")
+    assert opened(args, content)["iterations"] == 2  # what came after the checkpoint is made again
+    assert path.read_text() == text
 
 
 # ---- Faults while training
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="only root on Linux can mount a small disk")
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A disk of so many bytes at the folder."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("only root on Linux can mount a small disk, and not everywhere")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.mark.parametrize("script", ["deep_spi_ppo", "ppo_baseline"])
 def test_full_disk_stops_the_run_and_keeps_the_checkpoint(script, tmp_path):
-    """A disk with room for one checkpoint and not for the next beside it."""
-    flags = "--num-envs 4 --num-steps 32 --total-timesteps 12800 --seed 3 --device cpu --checkpoint-interval 1"
-    flags += " --num-minibatches 1 --update-epochs 1"
-    trial = [sys.executable, str(ROOT / f"{script}.py"), *flags.split(), "--run-name", "run"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    once = [*trial, "--runs-dir", str(tmp_path / "trial"), "--total-timesteps", "128"]
-    subprocess.run(once, env=environment, check=True, capture_output=True, timeout=300)
-    size = int(1.5 * (tmp_path / "trial" / "run" / "checkpoint.pt").stat().st_size)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)])
-    if mounted.returncode != 0:
-        pytest.skip("this root may not mount a small disk")
-    try:
-        command = [*trial, "--runs-dir", str(disk)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 1, done.stderr
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-        assert "No space left on device" in line and "Traceback" not in done.stderr
-        content = (disk / "run" / "checkpoint.pt").read_bytes()
-        assert hashlib.sha256(content[32:]).digest() == content[:32]
-        assert not (disk / "run" / "checkpoint.pt.tmp").exists()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    """A disk with room for one checkpoint and not for the next beside it; then one that the final weights fill."""
+    flags = "--num-envs 4 --num-steps 32 --seed 3 --device cpu --precision fp32 --checkpoint-interval 1"
+    flags = [*flags.split(), "--num-minibatches", "1", "--update-epochs", "1", "--total-timesteps"]
+    done = launch(f"{script}.py", [*flags, "128", "--run-dir", str(tmp_path / "trial")])
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "trial" / "checkpoint.pt").stat().st_size
+    for steps, room in ((12800, int(1.5 * size)), (128, int(0.3 * size))):
+        with small_disk(tmp_path / f"disk{steps}", room) as disk:
+            done = launch(f"{script}.py", [*flags, str(steps), "--run-dir", str(disk / "run")])
+            assert done.returncode == 1, done.stderr
+            (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+            assert line.startswith("error:") and "No space left on device" in line and "Traceback" not in done.stderr
+            left = contents(disk / "run")
+            assert not {"agent.pt", "checkpoint.tmp"} & set(left)
+            assert (disk / "run" / f"{script}.py").read_bytes() == (ROOT / f"{script}.py").read_bytes()
+            if steps == 12800:
+                assert zipfile.ZipFile(disk / "run" / "checkpoint.pt").testzip() is None
+                assert torch.load(disk / "run" / "checkpoint.pt", weights_only=True)["iterations"] == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, raised again here
 def test_folder_that_vanishes_stops_the_run_with_its_cause(monkeypatch, tmp_path):
-    args = small_args(deep_spi_ppo, tmp_path, checkpoint_interval=2)
+    args = small_args(deep_spi_ppo, tmp_path / "run", checkpoint_interval=2)
     at_call(monkeypatch, deep_spi_ppo, "compute_gae", 3, lambda: (tmp_path / "run").rename(tmp_path / "elsewhere"))
     with pytest.raises(OSError, match="/run/"):  # TensorBoard's file, or the checkpoint
-        deep_spi_ppo.train(args)
-    assert checkpoint_of(deep_spi_ppo, replace(args, run_name="elsewhere"))["iterations"] == 2
+        train(deep_spi_ppo, args)
+    assert checkpoint_of(replace(args, run_dir=str(tmp_path / "elsewhere")))["iterations"] == 2
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)
-def test_parameters_that_are_not_finite_stop_the_run_in_the_same_iteration(script, monkeypatch, tmp_path, capsys):
+def test_parameters_that_are_not_finite_stop_the_run_in_the_same_iteration(script, monkeypatch, tmp_path):
     """Spoilt by the iteration's last step, which no loss has seen."""
-    args, steps, adam_step = small_args(script, tmp_path, checkpoint_interval=1), [], torch.optim.Adam.step
+    args, steps, adam_step = small_args(script, tmp_path / "run", checkpoint_interval=1), [], torch.optim.Adam.step
 
     def spoiling_step(optimizer):
         adam_step(optimizer)
         steps.append(None)
         if len(steps) == 4:  # of 2 in each iteration
             with torch.no_grad():
-                optimizer.param_groups[0]["params"][-1].fill_(torch.nan)  # the critic's bias
+                optimizer.param_groups[0]["params"][-1].fill_(torch.nan)  # the critic's bias, or the world model's
 
-    monkeypatch.setattr(torch.optim.Adam, "step", spoiling_step)
-    assert stop(script, args) == 1
-    error = capsys.readouterr().err
-    assert f"stopped at step {args.total_timesteps // 3}: not finite: critic.bias" in error
-    state = checkpoint_of(script, args)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", spoiling_step)
+        step = args.total_timesteps // 2
+        terms = (
+            rf"losses/[a-z_]+, at step {step}|world_model/[a-z_]+, at step {step}|log_probs or value, after the update"
+        )
+        with pytest.raises(FloatingPointError, match=f"^not finite: ({terms})$"):
+            train(script, args)
+    state = checkpoint_of(args)
     assert state["iterations"] == 1 and all(tensor.isfinite().all() for tensor in state["agent"].values())
-    monkeypatch.setattr(torch.optim.Adam, "step", adam_step)
+    assert not {"agent.pt", "checkpoint.tmp"} & set(contents(tmp_path / "run"))
     time.sleep(1.1)
-    script.train(replace(args, resume=True))
+    train(script, args)
     check_run(tmp_path / "run")
 
 
-def test_weights_that_are_too_large_are_not_kept(tmp_path, capsys):
+def test_not_finite_from_a_shell(tmp_path):
+    """One line that names the term, exit code 1."""
+    flags = "--learning-rate 1e30 --num-envs 4 --num-steps 32 --total-timesteps 256 --device cpu --num-minibatches 1"
+    done = launch("deep_spi_ppo.py", [*flags.split(), "--run-dir", str(tmp_path / "run")])
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert line.startswith("error: not finite: ")
+    assert not {"agent.pt", "checkpoint.pt"} & set(contents(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("learning_rate", [1e6, 1e10, 1e15, 1e30])
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_weights_that_are_too_large_are_not_kept(script, learning_rate, tmp_path):
     """Finite, but not the policy they give: that shows before they are written."""
-    args = small_args(deep_spi_ppo_atari, tmp_path, learning_rate=1e30, num_minibatches=1, checkpoint_interval=1)
-    assert stop(deep_spi_ppo_atari, args) == 1
-    assert "not finite: log_probs" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    settings = {"learning_rate": learning_rate, "num_minibatches": 1, "checkpoint_interval": 1, "num_steps": 8}
+    args = small_args(script, tmp_path / "run", iterations=20, **settings, chunk_length=1)
+    args.total_timesteps = 20 * args.num_envs * args.num_steps
+    with contextlib.suppress(FloatingPointError):
+        train(script, args)
+    if (tmp_path / "run" / "checkpoint.pt").exists():
+        state = checkpoint_of(args)
+        games = script.Games(args)
+        sizes = (games.num_inputs, games.num_actions) if script is deep_spi_ppo else (games.num_actions,)
+        agent = script.Agent(*sizes)
+        agent.load_state_dict(state["agent"])
+        with torch.no_grad():
+            log_probs, values = agent.policy_and_value(agent.encode(games.reset()))
+        assert log_probs.isfinite().all() and values.isfinite().all()
 
 
 # ---- Kills
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["deep_spi_ppo", "deep_spi_ppo_atari", "ppo_baseline"])
-def test_killed_at_random_and_resumed(script, tmp_path):
-    """Ten kills over the three scripts; `python -m tests.kill_and_resume` does more."""
-    kills = {"deep_spi_ppo": 4, "deep_spi_ppo_atari": 3, "ppo_baseline": 3}[script]
-    assert kill_and_resume(script, kills, tmp_path, seed=1) >= 1
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_killed_at_random_and_gone_on_with(script, tmp_path):
+    """Ten kills over the four scripts; `python -m tests.kill_and_resume` does more."""
+    kills = {deep_spi_ppo: 3, deep_spi_ppo_atari: 3}.get(script, 2)
+    assert kill_and_resume(script.__name__, kills, tmp_path, seed=1) >= 1
 
 
-def test_check_run_finds_what_is_wrong(checkpointed):
+def test_check_run_finds_what_is_wrong(tmp_path):
     """The check that the kills are judged by is one that can fail."""
-    run_dir, _, _ = checkpointed
+    run_dir = tmp_path / "run"
+    train(deep_spi_ppo, small_args(deep_spi_ppo, run_dir, iterations=2))
     check_run(run_dir)
     path = run_dir / "episodes.csv"
     text = path.read_text()
@@ -390,6 +659,11 @@ def test_check_run_finds_what_is_wrong(checkpointed):
     with pytest.raises(AssertionError):
         check_run(run_dir)
     path.write_text(text)
+    check_run(run_dir)
+    path = run_dir / "deep_spi_ppo.py"
+    path.write_text(path.read_text() + "\n")  # not the code that ran
+    with pytest.raises(AssertionError):
+        check_run(run_dir)
 
 
 @pytest.mark.slow

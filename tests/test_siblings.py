@@ -15,16 +15,23 @@ SCRIPTS = ("ppo_baseline.py", "deep_spi_ppo_atari.py", "deepmdp_ppo_atari.py", "
 SOURCES = {name: (ROOT / name).read_text() for name in SCRIPTS}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
+BUDGETS = {  # lines of a script, all included; docs/method.md says what does not fit into fewer
+    "ppo_baseline.py": 515,
+    "deep_spi_ppo_atari.py": 705,
+    "deepmdp_ppo_atari.py": 640,
+    "deep_spi_ppo.py": 725,
+}
+
 # Where two scripts may differ under one name, because that is what they differ by.
-METHOD = {"Args", "check_args", "Agent", "Minibatch", "compute_loss", "train"}  # with or without which world model
+METHOD = {"Args", "Agent", "Transitions", "compute_loss", "train"}  # with or without which world model
 ALLOWED = {
     frozenset(("ppo_baseline.py", "deep_spi_ppo_atari.py")): METHOD,
     frozenset(("ppo_baseline.py", "deepmdp_ppo_atari.py")): METHOD,
-    frozenset(("deep_spi_ppo_atari.py", "deepmdp_ppo_atari.py")): METHOD - {"Minibatch"}
-    | {"RewardModel", "TransitionModel", "transition_loss"},
+    frozenset(("deep_spi_ppo_atari.py", "deepmdp_ppo_atari.py")): METHOD - {"Transitions"}
+    | {"RewardModel", "TransitionModel", "transition_loss", "what_the_model_knows"},
     # pixels or vectors: the same method, other environments and network sizes
-    frozenset(("deep_spi_ppo_atari.py", "deep_spi_ppo.py")): {"Args", "check_args", "Agent", "train"}
-    | {"check_env", "make_envs", "RewardModel", "TransitionModel"},
+    frozenset(("deep_spi_ppo_atari.py", "deep_spi_ppo.py")): {"Args", "Agent", "Transitions", "train"}
+    | {"Games", "Run", "RewardModel", "TransitionModel"},
 }
 ARGS_ALLOWED = {  # fields whose default or help differs from `deep_spi_ppo_atari.py`'s
     "ppo_baseline.py": {"num_envs"},
@@ -47,13 +54,10 @@ def definitions(name):
 
 
 def args_fields(name):
-    """Text of each field of Args, with its docstring."""
+    """Line of each field of Args, with the comment that is its help."""
     body = next(node for node in TREES[name].body if getattr(node, "name", "") == "Args").body
     lines = SOURCES[name].splitlines()
-    return {
-        field.target.id: "\n".join(lines[field.lineno - 1 : text.end_lineno])
-        for field, text in zip(body[::2], body[1::2], strict=True)
-    }
+    return {field.target.id: lines[field.lineno - 1] for field in body if isinstance(field, ast.AnnAssign)}
 
 
 @pytest.mark.parametrize("pair", ALLOWED, ids=lambda pair: " ".join(sorted(pair)))
@@ -64,27 +68,6 @@ def test_same_name_same_text(pair):
     assert ALLOWED[pair] <= first.keys() & second.keys(), "the allow-list names something that is not shared"
 
 
-def sections(name):
-    """Text of each numbered section of a script."""
-    parts = re.split(r"^ *# ==== (\d+)\. .*$", SOURCES[name], flags=re.MULTILINE)
-    return dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
-
-
-def test_sections_of_the_training_loop_match():
-    """What is allowed to differ of `train` is the update, what it needs set up, and how a vector environment steps."""
-    reference = sections("ppo_baseline.py")
-    last_lines = "\n\nif __name__"
-    for name in SCRIPTS:
-        ours = sections(name)
-        assert ours[10].split(last_lines)[0] == reference[10].split(last_lines)[0], name  # logging
-        if name != "deep_spi_ppo.py":
-            assert ours[7] == reference[7], name  # rollout
-            assert ours[8].replace("rewards, log_probs", "log_probs") == reference[8], name  # advantages
-    atari, vector = sections("deep_spi_ppo_atari.py"), sections("deep_spi_ppo.py")
-    assert atari[9] == vector[9]  # the update
-    assert atari[5] == vector[5]  # the equations
-
-
 @pytest.mark.parametrize("name", ARGS_ALLOWED)
 def test_same_argument_same_text(name):
     reference, fields = args_fields("deep_spi_ppo_atari.py"), args_fields(name)
@@ -93,9 +76,9 @@ def test_same_argument_same_text(name):
 
 
 def test_sections_come_in_one_order():
-    banner = re.compile(r"^ *# ==== (\d+\. [\w ]+?) =+$", re.MULTILINE)
+    banner = re.compile(r"^ *# ==== (\d+\. [\w' ]+?) =+$", re.MULTILINE)
     reference = banner.findall(SOURCES["ppo_baseline.py"])
-    assert [int(title.split(".")[0]) for title in reference] == list(range(1, 11))
+    assert [int(title.split(".")[0]) for title in reference] == list(range(1, 7))
     for name in SCRIPTS:
         assert banner.findall(SOURCES[name]) == reference, name
 
@@ -105,11 +88,21 @@ def code_lines(name):
     return SOURCES[name].split('"""', 2)[2].splitlines()
 
 
-@pytest.mark.parametrize("other, replaced", [("ppo_baseline.py", 20), ("deepmdp_ppo_atari.py", 90)])
-def test_the_diff_reads_as_the_difference(other, replaced):
-    """Against Deep SPI, few lines of a sibling are lost: the baseline's diff is additions and a handful of others."""
-    diff = list(difflib.ndiff(code_lines(other), code_lines("deep_spi_ppo_atari.py")))
-    assert sum(line.startswith("- ") for line in diff) <= replaced
+def test_the_diff_reads_as_the_difference():
+    """From the baseline to Deep SPI: a handful of replaced lines, the others new."""
+    diff = list(difflib.unified_diff(code_lines("ppo_baseline.py"), code_lines("deep_spi_ppo_atari.py"), n=0))[2:]
+    assert sum(line.startswith("-") for line in diff) <= 26
+    assert sum(line.startswith("+") for line in diff) <= 215
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_line_budgets(name):
+    lines = SOURCES[name].splitlines()
+    assert len(lines) <= BUDGETS[name]
+    code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+    assert sum(map(len, code)) / len(code) <= 70  # characters: nothing is packed
+    train = definitions(name)["train"].splitlines()
+    assert len(train) <= 95
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -129,15 +122,15 @@ def test_every_flag_is_read_and_explained(name):
     fields = args_fields(name)
     assert len(fields) <= 40
     used = definitions(name)
-    reads = "\n".join(text for key, text in used.items() if key not in ("Args", "check_args"))
+    reads = "\n".join(text for key, text in used.items() if key != "Args")
     # Only attribute reads outside the validation count: `args.x`.
     read = {
         node.attr
         for node in ast.walk(ast.parse(reads))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
     }
     assert fields.keys() == read & fields.keys()
-    assert all('"""' in text for text in fields.values())
+    assert all("  # " in text for text in fields.values())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -41,11 +41,13 @@ class Recorder:
 def record(script, monkeypatch, tmp_path, args):
     """Run `script.train(args)`; return its environment's recorder, and what compute_loss and compute_gae were given."""
     made, losses, gaes = [], [], []
-    make_envs, compute_loss, compute_gae = script.make_envs, script.compute_loss, script.compute_gae
+    Games, compute_loss, compute_gae = script.Games, script.compute_loss, script.compute_gae
 
-    def recorded_envs(*args):
-        made.append(Recorder(make_envs(*args)))
-        return made[0]
+    class RecordedGames(Games):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.envs = Recorder(self.envs)
+            made.append(self.envs)
 
     def recorded_loss(*inputs):
         losses.append(inputs)
@@ -55,10 +57,10 @@ def record(script, monkeypatch, tmp_path, args):
         gaes.append([x.clone() if isinstance(x, torch.Tensor) else x for x in inputs])
         return compute_gae(*inputs)
 
-    monkeypatch.setattr(script, "make_envs", recorded_envs)
+    monkeypatch.setattr(script, "Games", RecordedGames)
     monkeypatch.setattr(script, "compute_loss", recorded_loss)
     monkeypatch.setattr(script, "compute_gae", recorded_gae)
-    args.runs_dir, args.run_name, args.device = str(tmp_path), "run", "cpu"
+    args.run_dir, args.device = str(tmp_path / "run"), "cpu"
     script.train(args)
     return made[0], losses, gaes
 
@@ -75,7 +77,7 @@ def test_minibatches_are_what_happened(env_id, ends, sticky, chunk_length, monke
     num_inputs = {"CartPole-v1": 4, "MountainCar-v0": 2}[env_id]
     identity = lambda _, obs: torch.nn.functional.pad(obs, (0, 32 - num_inputs))  # noqa: E731
     monkeypatch.setattr(deep_spi_ppo.Agent, "encode", identity)
-    monkeypatch.setattr(deep_spi_ppo.RewardScaler, "scale", lambda _, rewards, dones: rewards.clone())
+    monkeypatch.setattr(deep_spi_ppo.RewardScaler, "scale", lambda _, rewards, is_last: rewards.clone())
     T, N, iterations = 64, 4, 4
     args = deep_spi_ppo.Args(
         env_id=env_id, num_envs=N, num_steps=T, total_timesteps=T * N * iterations, sticky=sticky,
@@ -87,24 +89,25 @@ def test_minibatches_are_what_happened(env_id, ends, sticky, chunk_length, monke
 
     # What the advantages are made of, iteration by iteration.
     assert len(gaes) == iterations
-    for i, (gae_rewards, values, gae_terminated, dones, gamma, gae_lambda) in enumerate(gaes):
+    for i, (gae_rewards, values, is_terminal, is_last, gamma, gae_lambda) in enumerate(gaes):
         rows = slice(i * T, (i + 1) * T)
-        assert values.shape == dones.shape == (T + 1, N)
+        assert values.shape == is_terminal.shape == is_last.shape == (T + 1, N)
         np.testing.assert_array_equal(gae_rewards, rewards[rows])
-        np.testing.assert_array_equal(gae_terminated, terminated[rows])
-        np.testing.assert_array_equal(dones[:T], dummy[rows])
-        np.testing.assert_array_equal(dones[1:], (terminated | truncated)[rows])
+        np.testing.assert_array_equal(is_terminal[1:], terminated[rows])
+        np.testing.assert_array_equal(is_last[:T], dummy[rows])
+        np.testing.assert_array_equal(is_last[1:], (terminated | truncated)[rows])
         assert (gamma, gae_lambda) == (args.gamma, args.gae_lambda)
 
     # What the losses are made of: each row of each minibatch is one step, found by its observation.
     step_of = {obs[s, n].tobytes(): (s, n) for s in range(T * iterations) for n in range(N)}
     assert len(step_of) == T * iterations * N
     seen, choices = set(), {}
-    for k, (_, batch, z, next_z, noise, _) in enumerate(losses):
+    for k, (agent, batch, _, noise) in enumerate(losses):
         iteration = k // args.num_minibatches
-        assert noise.shape == (*z.shape, 5) and abs(noise.std() - 1) < 0.1
+        z, next_z = deep_spi_ppo.latents(agent, batch)
+        assert noise.shape == (*z.shape, 5) and noise.abs().max() == 1 and abs(noise.mean()) < 0.05
         for other_k, other in enumerate(losses):  # the noise is drawn anew in every iteration, and only then
-            assert torch.equal(noise, other[4]) == (other_k // args.num_minibatches == iteration)
+            assert torch.equal(noise, other[3]) == (other_k // args.num_minibatches == iteration)
         values = gaes[iteration][1]
         for row in range(len(z)):
             s, n = step_of[z[row, :num_inputs].numpy().tobytes()]
@@ -173,7 +176,7 @@ def test_atari_episodes_are_whole_games_with_unclipped_returns(monkeypatch, tmp_
     assert sorted(read_episodes(tmp_path)) == sorted(expected)
     learned = torch.cat([gae[0] for gae in gaes]).numpy()
     np.testing.assert_array_equal(learned, np.sign(rewards))
-    assert sum(batch.mask.sum().item() for _, batch, _, _ in losses) == (~dummy).sum()
+    assert sum(batch.mask.sum().item() for _, batch, _ in losses) == (~dummy).sum()
 
 
 def test_frames_reach_the_encoder_as_they_were_seen(monkeypatch, tmp_path):

@@ -141,7 +141,7 @@ def print_plan(
     print(f"{len(plan)} runs, {len(plan) - len(left)} finished, {len(left)} to run")
     print(
         f"estimate: {timedelta(seconds=round(sum(known) / side_by_side))} (h:mm:ss), {side_by_side} at a time on "
-        f"{args.cpus_per_task} cores each, as fast as README's, with bf16 units"
+        f"{args.cpus_per_task} cores each, as fast as in docs/speed.md, with bf16 units"
         + (f"; not in it: {unknown} runs of scripts or with settings whose speed was not measured" if unknown else "")
     )
 

@@ -21,8 +21,9 @@ COLOURS = {
     "sb3": "#CC79A7",
     "ppo-fp32": "#56B4E9",
     "deep_spi-chunk-1": "#000000",
+    "gated": "#7F3C8D",
 }
-OTHER_COLOURS = ("#7F3C8D", "#A5AA99", "#80BA5A", "#8B4513", "#4B4B8F", "#C0A000", "#E68310", "#3969AC")
+OTHER_COLOURS = ("#A0522D", "#A5AA99", "#80BA5A", "#8B4513", "#4B4B8F", "#C0A000", "#E68310", "#3969AC")
 
 
 def colours(algorithms: Iterable[str]) -> dict[str, str]:

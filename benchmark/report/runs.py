@@ -156,9 +156,9 @@ def need(keys: set[str], content: object, name: str) -> None:
 def read_run(folder: Path) -> FinishedRun:
     """A finished run with its scores. Raises FileNotFoundError, or ValueError for files that cannot be right."""
     config, done = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "done.json"))
-    need({"script", "args", "versions"}, config, "config.json")
+    need({"script", "args"}, config, "config.json")
+    need({"versions", *CIRCUMSTANCES}, config["args"] | config, "config.json")
     need({"env_id", "total_timesteps"}, config["args"], "args of config.json")
-    need(set(CIRCUMSTANCES), config["args"] | config, "config.json")
     need(set(), config["versions"], "versions of config.json")
     numbers = {"steps", "minutes", "sps"}
     need(numbers, done, "done.json")

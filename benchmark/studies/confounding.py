@@ -289,7 +289,7 @@ def summary(groups: dict[str, Runs]) -> str:
 
 
 def drawdown_table(groups: dict[str, Runs]) -> str:
-    """README's table, Markdown: largest drawdown with its interval and final V, by setting; paired differences."""
+    """Markdown: largest drawdown with its interval and final V, by setting; paired differences."""
     header = ["setting", "seeds", *(cg.METHODS[m] for m in cg.METHODS), "Deep SPI − additive", "Deep SPI − PPO"]
     rows = []
     for setting, runs in groups.items():
