@@ -350,6 +350,17 @@ def test_planning_stats():
     assert 0 < inside < 1 and stats["spi/planning_inside"].item() == pytest.approx(inside)
 
 
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_weights_that_no_loss_has_seen_are_looked_at(part):
+    """The last step of an iteration may be the one that goes too far."""
+    agent, args, _ = make(dream_spi)
+    imagined, _, _ = dream(dream_spi, agent, args)
+    with torch.no_grad():
+        agent.parts()[part][0][0] = math.inf
+        with pytest.raises(FloatingPointError, match="not finite"):
+            dream_spi.planning_stats(agent, imagined, torch.zeros(5), torch.zeros(2, 2), torch.ones(2, 2), 0.9)
+
+
 def test_latent_stats(monkeypatch):
     script = dream_spi
     agent, _, (V, C) = make(script)
