@@ -211,9 +211,13 @@ def play(
     obs, played = games.reset(), {}
     while len(played) < args.num_envs:
         z = agent.encode(obs)
-        log_probs, values = agent.policy_and_value(z)
-        sampled = torch.multinomial(log_probs.exp(), num_samples=1).squeeze(-1)
-        actions = log_probs.argmax(-1) if greedy else sampled
+        if hasattr(agent, "policy"):  # a normal distribution: greedy is its mean
+            (mean, log_std), values = agent.policy(z), agent.value(obs)
+            actions = mean if greedy else mean + log_std.exp() * torch.randn_like(mean)
+        else:
+            log_probs, values = agent.policy_and_value(z)
+            sampled = torch.multinomial(log_probs.exp(), num_samples=1).squeeze(-1)
+            actions = log_probs.argmax(-1) if greedy else sampled
         if film and 0 not in played:
             reward = f"  R̄ {agent.reward_model(z, actions)[0]:+z.2f}" if predicts else ""
             film.take(games, f"V {values[0]:+z.2f}{reward}")

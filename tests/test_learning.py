@@ -8,9 +8,11 @@ from tests.launch import launch_all
 
 @pytest.mark.slow
 def test_defaults_solve_cartpole(tmp_path):
-    flags = ["--runs-dir", str(tmp_path), "--run-name"]
     done = launch_all(
-        {seed: ("deep_spi_ppo.py", [*flags, seed, "--seed", seed]) for seed in ("101", "102", "103", "104")}
+        {
+            seed: ("deep_spi_ppo.py", ["--run-dir", str(tmp_path / seed), "--seed", seed])
+            for seed in ("101", "102", "103", "104")
+        }
     )
     last_100 = []
     for seed, process in done.items():
