@@ -68,6 +68,13 @@ RATIOS = {  # label: above and below the fraction line, each (case, measure)
         for script in ("deepmdp_ppo_atari", "deep_spi_ppo_atari")
         for a in (6, 18)
     },
+    **{
+        f"`{script}.py` : PPO in CleanRL's form (float32), A = 4": (
+            (f"{script} A=4", "sps"),
+            ("cleanrl_form A=4", "sps"),
+        )
+        for script in ("ppo_baseline", "deep_spi_ppo_atari", "deepmdp_ppo_atari")
+    },
     "Deep SPI learner, A = 18 : A = 4": (
         ("deep_spi_ppo_atari learner A=18", "sps"),
         ("deep_spi_ppo_atari learner A=4", "sps"),
@@ -101,7 +108,7 @@ class Case:
 
 FORMS = {  # for which numbers of actions each script is run in each form; only what P̄ is part of depends on A
     "ppo_baseline": {"": (4, 6, 18), "fp32": (6,), "learner": (6,), "plain": (6,)},
-    "deepmdp_ppo_atari": {"": (6, 18), "learner": (6,)},
+    "deepmdp_ppo_atari": {"": (4, 6, 18), "learner": (6,)},
     "deep_spi_ppo_atari": {"": (4, 6, 18), "learner": (4, 6, 18), "plain": (6, 18)},
 }
 
@@ -122,6 +129,7 @@ def cases() -> dict[str, Case]:
                 name = f"{script} {form} A={num_actions}".replace("  ", " ")
                 slow = form == "plain" and num_actions == 18
                 table[name] = Case(command, num_actions, 1 if slow else 3)
+    table["cleanrl_form A=4"] = Case(("-m", "benchmark.peers.cleanrl_form", "--env-id", GAMES[4]), 4)
     if importlib.util.find_spec("stable_baselines3"):
         table["stable_baselines3 A=6"] = Case(("-m", "benchmark.peers.sb3_ppo", "--env-id", GAMES[6]), 6)
     return table
