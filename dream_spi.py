@@ -61,7 +61,7 @@ class Args:
     env_id: str = "CartPole-v1"  # EnvPool id of an environment with discrete actions and no pixels
     total_timesteps: int = 400_000  # environment steps in all, rounded down to whole rollouts
     num_envs: int = 64  # N, parallel environments
-    num_steps: int = 32  # T, steps of each environment per iteration
+    num_steps: int = 64  # T, steps of each environment per iteration
     sticky: float = 0.0  # probability that the last action is repeated instead of the one chosen: a stochastic task
 
     # ---- Both updates
@@ -72,7 +72,7 @@ class Args:
     max_grad_norm: float = 0.5  # largest norm of the gradient, of each part by itself
 
     # ---- Real data: φ and the world model
-    learning_rate: float = 1e-3  # Adam's step size of the encoder and of the world model, annealed linearly to 0
+    learning_rate: float = 5e-4  # Adam's step size of the encoder and of the world model, annealed linearly to 0
     num_minibatches: int = 8  # minibatches per epoch; per epoch and imagined step in imagination
     update_epochs: int = 4  # passes over the rollout per iteration
     chunk_length: int = 8  # L, consecutive steps of one environment sampled together (1: single steps, as published)
@@ -81,7 +81,7 @@ class Args:
     transition_loss_coef: float = 1.0  # α_P, weight of the transition loss
 
     # ---- Imagination: actor and critic
-    behaviour_learning_rate: float = 1e-3  # Adam's step size of the actor and of the critic, annealed linearly to 0
+    behaviour_learning_rate: float = 5e-4  # Adam's step size of the actor and of the critic, annealed linearly to 0
     horizon: int = 8  # H, imagined steps from each start
     imagination_starts: int = 0  # B, rows of the rollout to start from, drawn in each iteration (0: all of them)
     imagination_epochs: int = 1  # passes over what is imagined per iteration

@@ -14,6 +14,7 @@ import torch
 
 import dream_spi
 import dream_spi_atari
+from benchmark.common import read_events
 from tests.conftest import STOP_SIGNALS
 from tests.launch import launch
 
@@ -585,3 +586,16 @@ def test_defaults_solve_cartpole_in_imagination(tmp_path):
     assert done.returncode == 0, done.stderr
     returns = np.loadtxt(tmp_path / "run" / "episodes.csv", delimiter=",", skiprows=1)[-100:, 1]
     assert returns.mean() >= 475
+
+
+@pytest.mark.parametrize("script", [dream_spi, dream_spi_atari], ids=lambda script: script.__name__)
+def test_every_logged_metric_is_documented(script, tmp_path):
+    """By its own name or its family's, in docs/dreamspi.md, or as the siblings' metric in docs/method.md."""
+    script.train(small_args(script, tmp_path / "run", iterations=2))
+    docs = Path(script.__file__).parent / "docs"
+    own, shared = ((docs / name).read_text(encoding="utf-8") for name in ("dreamspi.md", "method.md"))
+    logged = read_events(tmp_path / "run")
+    assert "imagination/return_error" in logged and "spi/planning_inside" in logged
+    for tag in logged:
+        family = "grad_norm_" if "grad_norm_" in tag else tag.split("/")[1]
+        assert f"`{tag}`" in shared or family in own, tag
