@@ -1,11 +1,11 @@
 """Parity with the published code: python -m tests.parity CASE.npz [CASE.npz ...]
 
-Each case in `tests/golden/` holds numbers computed by the published Deep SPI or DeepMDP code on inputs that are drawn
-again here from the case's seed. The parameters are loaded into the script's own modules and the script's own functions
-are run, in float32. Two things of the published code are no part of a script and are put in its place here: its
-spectral norm, as a patch, and its rule that z' = z where an episode is over. One line per quantity: name, error,
-tolerance, pass or fail. Exit code 1 if any fails, 2 if a case is missing or malformed. Format and rules:
-`tests/golden/README.md`.
+Each case in `tests/golden/` holds numbers computed by the published code of Deep SPI, DeepMDP or (`parity_dreamspi.py`)
+DreamSPI, on inputs that are drawn again here from the case's seed. The parameters are loaded into the script's own
+modules and the script's own functions are run, in float32. Two things of the published code are no part of a script and
+are put in its place here: its spectral norm, as a patch, and its rule that z' = z where an episode is over. One line
+per quantity: name, error, tolerance, pass or fail. Exit code 1 if any fails, 2 if a case is missing or malformed.
+Format and rules: `tests/golden/README.md`.
 """
 
 import argparse
@@ -137,8 +137,13 @@ def check_agent(case: dict[str, np.ndarray], script: ModuleType | None = None) -
     """Compare the script's agent with a case's numbers. `script` may be given to test an altered one."""
     algorithm, seed = str(case["algorithm"]), int(case["seed"])
     num_actions, rows = int(case["num_actions"]), int(case["batch"])
+    if algorithm == "dreamspi":  # imported here, as that file reads this one
+        from tests.parity_dreamspi import check_dreamspi
+
+        yield from check_dreamspi(case, script)
+        return
     if algorithm not in MODULES:
-        raise MalformedCase(f"unknown algorithm {algorithm!r}; known: {', '.join(MODULES)}")
+        raise MalformedCase(f"unknown algorithm {algorithm!r}; known: {', '.join(MODULES)}, dreamspi")
     script = script or SCRIPTS[algorithm]
     agent = make_agent(script, algorithm, num_actions)
     parameters = named_parameters(agent, algorithm)

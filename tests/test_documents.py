@@ -96,9 +96,9 @@ def test_flags_exist(name):
 
 
 def test_method_explains_every_metric_and_no_other():
-    """Names in the scripts' source, and rows of the table."""
+    """Names in the scripts' source, and rows of the table. DreamSPI's are put together, and in docs/dreamspi.md."""
     named = set()
-    for path in ROOT.glob("*.py"):
+    for path in set(ROOT.glob("*.py")) - set(ROOT.glob("dream_spi*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and re.fullmatch(r"(charts|losses|world_model|spi)/\w+", str(node.value)):
                 named.add(node.value)

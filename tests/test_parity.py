@@ -18,7 +18,7 @@ CASES = sorted(GOLDEN.glob("*.npz"))
 
 
 def test_there_are_cases():
-    assert {path.stem for path in CASES} == {"deep_spi_a6", "deepmdp_a6", "deepmdp_penalty_a6", "gae"}
+    assert {path.stem for path in CASES} == {"deep_spi_a6", "deepmdp_a6", "deepmdp_penalty_a6", "dreamspi_a6", "gae"}
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
