@@ -163,7 +163,7 @@ class Games:
         frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
         # A reset after a lost life plays no-ops. If the game ends in them, only the next game's higher lives tell.
         untold = self.life_lost & (info["lives"] > self.lives)
-        over = info["terminated"].astype(bool) | truncated
+        over = terminated & info["terminated"].astype(bool) | truncated  # if the last no-op ends it, info says so twice
         self.returns += info["reward"]
         self.lengths += ~self.is_last
         self.is_last, self.lives, self.life_lost = terminated | truncated, info["lives"], terminated & ~over
