@@ -16,7 +16,7 @@ SCRIPTS = ("ppo_baseline.py", "deep_spi_ppo_atari.py", "deepmdp_ppo_atari.py", "
 SOURCES = {name: (ROOT / name).read_text() for name in SCRIPTS}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
-BUDGETS = {  # the most that there may be; docs/method.md says what does not fit into fewer
+BUDGETS = {  # the most that there may be
     "lines": {  # of a script, all included
         "ppo_baseline.py": 515,
         "deep_spi_ppo_atari.py": 705,
