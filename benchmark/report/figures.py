@@ -43,6 +43,8 @@ TABLES = {
     "atari_200k": atari_200k.table,
     "speed_ratios": lambda: throughput.ratio_table(RESULTS),
     "speed_ratios_later": lambda: throughput.ratio_table(RESULTS / "throughput_later"),
+    "speed_ratios_rewrite": lambda: throughput.ratio_table(RESULTS / "throughput_rewrite"),
+    "speed_rewrite": lambda: throughput.speed_table(RESULTS / "throughput_rewrite"),
     "speed": lambda: throughput.speed_table(RESULTS),
     "confounding": lambda: confounding.drawdown_table(confounding.by_setting(confounding.read_runs())),
     "mechanism": lambda: confounding_mechanism.table(confounding.FOLDER),
