@@ -66,7 +66,7 @@ RATIOS = {  # label: above and below the fraction line, each (case, measure)
             (f"ppo_baseline A={a}", "sps"),
         )
         for script in ("deepmdp_ppo_atari", "deep_spi_ppo_atari")
-        for a in (6, 18)
+        for a in (4, 6, 18)
     },
     **{
         f"`{script}.py` : PPO in CleanRL's form (float32), A = 4": (
