@@ -243,10 +243,9 @@ class SpectralLayer(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Two steps of subspace iteration: u alone would be left behind where another singular value overtakes."""
+        """A step of subspace iteration: u alone would be left behind where another singular value overtakes."""
         W = self.matrices()
-        for _ in range(2):
-            self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
+        self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
         power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power, as an eigensolver makes CUDA wait
         for _ in range(12):
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
