@@ -4,6 +4,7 @@ To add an algorithm, add an entry to a suite's `algorithms`, or name it on the c
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,26 @@ ABLATION = {
     "chunk-1": Algorithm("deep_spi_ppo_atari.py", {"chunk_length": 1}),
 }
 
+# Can P̄ learn? Each arm changes one thing of the published settings, and the last two of them (PROTOCOL.md).
+TRANSITION_ARMS = {
+    "deep_spi": {},
+    "alpha-x10": {"transition_loss_coef": 0.005},
+    "alpha-x100": {"transition_loss_coef": 0.05},
+    "small-scale": {"transition_scale": 0.01},
+    "residual": {"transition_residual": True},
+    "residual-small": {"transition_residual": True, "transition_scale": 0.01},
+}
+
+
+def transition_arms(script: str) -> dict[str, Algorithm]:
+    """The arms with a script; those with another P̄ with its peer."""
+    peer = f"benchmark/peers/{Path(script).stem}_transition.py"
+    own = {name: any(flag.startswith("transition_loss") for flag in flags) for name, flags in TRANSITION_ARMS.items()}
+    return {
+        name: Algorithm(script if own[name] or not flags else peer, flags) for name, flags in TRANSITION_ARMS.items()
+    }
+
+
 # The defaults against what they could be: precision, chunks, and the peer that a user would pick; and DeepMDP.
 EARLY = {
     "ppo": Algorithm("ppo_baseline.py", {"precision": "bf16"}),
@@ -138,6 +159,14 @@ SUITES = {
     "atari57": Suite(ATARI, atari_tasks(ATARI57_GAMES), seeds=5),
     "parallelism": Suite(PARALLELISM, atari_tasks(ATARI5_GAMES), seeds=5),
     "early": Suite(EARLY, [Task("Krull-v5", 300_000)], seeds=3),
+    "gated": Suite({"gated": Algorithm("deep_spi_ppo.py", {"loss_placement": "gated"})}, CONTROL_TASKS, seeds=10),
+    "transition": Suite(
+        transition_arms("deep_spi_ppo.py"), [Task("CartPole-v1", 200_000), Task("LunarLander-v3", 500_000)], seeds=5
+    ),
+    "transition-pong": Suite(transition_arms("deep_spi_ppo_atari.py"), [Task("Pong-v5", 200_000)], seeds=1),
+    "transition-long": Suite(
+        {"deep_spi": VECTOR["deep_spi"]}, [Task("CartPole-v1", 1_000_000), Task("LunarLander-v3", 2_500_000)], seeds=1
+    ),
     "ablation": Suite(ABLATION, atari_tasks(ATARI5_GAMES), seeds=5),
 }
 
