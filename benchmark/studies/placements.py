@@ -1,8 +1,8 @@
 """The three places of the world model's losses, where updates confound: python -m benchmark.studies.placements
 
 `confounding_gridworld.py` with the losses beside the clip (additive), inside it (Deep SPI), and inside it but stopped
-in rows where the clip is active (gated). benchmark/PROTOCOL.md has the protocol. All runs are made anew, by one version of
-the code: the study of confounding updates has older runs of the first two.
+in rows where the clip is active (gated). The protocol is in benchmark/PROTOCOL.md. One version of the code makes all
+runs anew: the study of confounding updates has older runs of the first two.
 
 90 runs of half a minute. Finished ones are skipped; `--summary` makes none.
 """
