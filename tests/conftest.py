@@ -5,7 +5,7 @@ import signal
 import pytest
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` ignores it, and what the tests start would inherit that
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` ignores it, and what tests start would inherit that
 HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
 
