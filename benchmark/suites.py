@@ -164,6 +164,9 @@ SUITES = {
         transition_arms("deep_spi_ppo.py"), [Task("CartPole-v1", 200_000), Task("LunarLander-v3", 500_000)], seeds=5
     ),
     "transition-pong": Suite(transition_arms("deep_spi_ppo_atari.py"), [Task("Pong-v5", 200_000)], seeds=1),
+    "transition-start": Suite(
+        {"deep_spi": ATARI["deep_spi"]}, [Task("Pong-v5", 11_264), Task("Breakout-v5", 24_576)], seeds=3, evaluate=0
+    ),
     "transition-long": Suite(
         {"deep_spi": VECTOR["deep_spi"]}, [Task("CartPole-v1", 1_000_000), Task("LunarLander-v3", 2_500_000)], seeds=1
     ),
@@ -182,4 +185,8 @@ MEASURED_SPS = {
     "deep_spi_ppo_atari.py": (534, 2),
     "benchmark/peers/sb3_ppo.py": (478, 2),
 }
-PRICED_AS = {"benchmark/peers/deep_spi_published_norm.py": "deep_spi_ppo_atari.py"}  # not measured itself
+PRICED_AS = {  # not measured themselves
+    "benchmark/peers/deep_spi_published_norm.py": "deep_spi_ppo_atari.py",
+    "benchmark/peers/deep_spi_ppo_atari_transition.py": "deep_spi_ppo_atari.py",
+    "benchmark/peers/deep_spi_ppo_transition.py": "deep_spi_ppo.py",
+}

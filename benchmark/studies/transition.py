@@ -1,8 +1,9 @@
-"""Can P̄ learn? Suites `transition`, `transition-pong`, `transition-long`: python -m benchmark.studies.transition FOLDER
+"""Can P̄ learn? Four suites: python -m benchmark.studies.transition FOLDER
 
-Reads their finished runs below FOLDER (runs/benchmark) into results/transition.csv: of each run ten parts, with the
-medians of what the world model pays and what a trivial predictor pays. The tables and the picture come from that file.
-The protocol, with what decides, is in benchmark/PROTOCOL.md.
+Reads the finished runs of suites `transition`, `transition-pong`, `transition-long` and `transition-start` (the first
+iterations of two games) below FOLDER (runs/benchmark) into results/transition.csv: of each run ten parts, with medians
+of what the world model pays and of what a trivial predictor pays. Tables and picture come from that file. The protocol,
+with what decides, is in benchmark/PROTOCOL.md.
 """
 
 import argparse
@@ -24,9 +25,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FILE = RESULTS / "transition.csv"
-STUDY = ("transition", "transition-pong", "transition-long")
+STUDY = ("transition", "transition-pong", "transition-long", "transition-start")
 TENTHS = 10
-LATENT_SIZE = {"CartPole-v1": 32, "LunarLander-v3": 32, "Pong-v5": 7 * 7 * 64}  # ℓ_P is a sum over it
+LATENT_SIZE = {"CartPole-v1": 32, "LunarLander-v3": 32, "Pong-v5": 3136, "Breakout-v5": 3136}  # ℓ_P is a sum over it
 LOSSES = {  # column → metric
     "transition_sampled": "world_model/transition_loss",
     "transition_mean": "world_model/transition_loss_mean",
