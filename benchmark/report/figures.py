@@ -11,6 +11,7 @@ from benchmark.common import RESULTS, ROOT, markdown
 from benchmark.report.scores import read_scores
 from benchmark.studies import (
     atari_200k,
+    clip,
     confounding,
     confounding_mechanism,
     control,
@@ -41,6 +42,7 @@ TABLES = {
     "control_scores": lambda: control.placement_score_table(read_scores(control.FOLDER)),
     "control_differences": lambda: control.placement_difference_table(read_scores(control.FOLDER)),
     "atari_200k": atari_200k.table,
+    "clip": clip.table,
     "speed_ratios": lambda: throughput.ratio_table(RESULTS),
     "speed_ratios_later": lambda: throughput.ratio_table(RESULTS / "throughput_later"),
     "speed_ratios_rewrite": lambda: throughput.ratio_table(RESULTS / "throughput_rewrite"),
@@ -73,6 +75,7 @@ def main() -> None:
     """Tables and pictures."""
     for document in DOCUMENTS:
         document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
+    clip.draw()
     control.draw()
     throughput.draw(RESULTS)
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
