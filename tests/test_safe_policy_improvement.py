@@ -250,6 +250,44 @@ def test_bound_refuses_a_neighbourhood_that_is_too_large():
         spi.value_gap_bound(spi.chain(2), 1.2, GAMMA, np.zeros(2))
 
 
+def test_published_zeta_by_hand_on_a_chain():
+    case = spi.chain(3)
+    V_model = case.values(case.pi_b, GAMMA)[1]
+    episode_length = 1 + 1 / 2 + 1 / 4  # and ℓ_R is 1 in the third step's a_1, which one episode in eight takes
+    for SIR in (1.0, 1.05, 1.1):
+        expected = 1 / 8 / GAMMA * (1 / (1 / SIR - GAMMA) + 1 / (1 - GAMMA))
+        assert episode_length * case.mean_loss(0.0, GAMMA) == pytest.approx(1 / 8)  # no ℓ_P: K_V does not matter
+        assert spi.published_zeta(case, SIR, GAMMA, V_model, V_model) == pytest.approx(expected)
+    assert spi.published_zeta(case, 1 / GAMMA - 1e-9, GAMMA, V_model, V_model) > 1e6
+    for SIR in (1 / GAMMA, 1.5):
+        assert spi.published_zeta(case, SIR, GAMMA, V_model, V_model) == np.inf
+
+
+def test_published_zeta_weighs_transitions_by_the_larger_lipschitz_constant():
+    case = two_worst_cases(1)["transition"]  # a_1, half of the steps, ends; the model says that it reaches the prize
+    V_model = case.values(case.pi_b, GAMMA)[1]
+    steep = np.array([3.0, 0.0])  # K_V = 3 (from the end at 0 to the prize at 1), where that of V_model is 1
+    ours, theirs = (spi.published_zeta(case, 1.0, GAMMA, V_model, V) for V in (V_model, steep))
+    assert spi.lipschitz_constant(V_model, case.position) == 1
+    assert ours == pytest.approx(1 / 2 * 2 / (1 - GAMMA)) and theirs == pytest.approx(3 * ours)
+
+
+def test_our_constants_are_tighter_in_every_case_and_by_the_stated_factor():
+    at_the_edge = []
+    for case, side, _, pi in spi.trials(small_args(), np.random.default_rng(8), (12, 6, 3)):
+        if side != "behaviour":
+            continue
+        for C in (1.01, 1.05, 1.1):
+            found = spi.two_zetas(case, C, GAMMA)
+            assert found["|real - model|"] < found["zeta"] < found["the paper's zeta"] / 5
+        # Of π_b itself both are twice the bound of one policy: with one K_V their ratio is that of the document.
+        V_model_b = case.values(pi, GAMMA)[1]
+        zetas = [zeta(case, 1.0, GAMMA, V_model_b, V_model_b) for zeta in (spi.published_zeta, spi.zeta)]
+        assert zetas[0] / zetas[1] == pytest.approx(1 / (GAMMA * (1 - GAMMA))) and 11.1 < zetas[0] / zetas[1] < 11.2
+        at_the_edge.append(spi.two_zetas(case, 1 / GAMMA, GAMMA)["the paper's zeta"])
+    assert np.isinf(at_the_edge).mean() > 0.9  # unless no action can be raised so far, as the others must be lowered
+
+
 # ==== 4. The representation ====
 @pytest.mark.parametrize("n_steps", [3, 10])
 def test_pair_bound_is_an_equality_on_the_chain_where_the_episode_length_is_too_small(n_steps):
