@@ -78,6 +78,7 @@ def main() -> None:
     clip.draw()
     control.draw()
     throughput.draw(RESULTS)
+    throughput.draw(RESULTS / "throughput_rewrite")
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
     confounding_mechanism.draw(confounding.FOLDER)
     print("the documents and the pictures in benchmark/results are up to date with the CSV files there")
