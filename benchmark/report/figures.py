@@ -17,6 +17,7 @@ from benchmark.studies import (
     control,
     early,
     pilot,
+    pretrained,
     throughput,
     whole_games,
 )
@@ -53,6 +54,7 @@ TABLES = {
     "early_scores": lambda: early.score_table(read_scores(early.FOLDER)),
     "early_differences": lambda: early.difference_table(read_scores(early.FOLDER)),
     "pilot": pilot.table,
+    "pretrained": pretrained.table,
     "cost": cost_table,
     **{
         name: functools.partial(lambda table: table(whole_games.read(whole_games.CSV)), table)
