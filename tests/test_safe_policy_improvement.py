@@ -1,6 +1,7 @@
 """Tests of safe_policy_improvement.py: linear programme, monotonicity, bounds and their worst cases, command line."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +287,20 @@ def test_our_constants_are_tighter_in_every_case_and_by_the_stated_factor():
         assert zetas[0] / zetas[1] == pytest.approx(1 / (GAMMA * (1 - GAMMA))) and 11.1 < zetas[0] / zetas[1] < 11.2
         at_the_edge.append(spi.two_zetas(case, 1 / GAMMA, GAMMA)["the paper's zeta"])
     assert np.isinf(at_the_edge).mean() > 0.9  # unless no action can be raised so far, as the others must be lowered
+
+
+def test_the_document_states_the_two_zetas_of_the_script(tmp_path):
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    stated = re.findall(r"^\| (1[./][\dγ]+) \| (0\.\d+) \| (\d.*?) \| (\S+) \|$", text, re.MULTILINE)
+    assert len(stated) == 5
+    rows = spi.planning_bound(spi.Args(), tmp_path)
+    found = {name: {x: y for _, _, which, x, y in rows if which == name} for name in ("|real - model|", "zeta")}
+    published = {x: y for _, _, which, x, y in rows if which == "the paper's zeta"}
+    for C, *numbers in stated:
+        x = min(found["zeta"], key=lambda x: abs(x - (1 / GAMMA if C == "1/γ" else float(C))))
+        computed = [found["|real - model|"][x], found["zeta"][x], published.get(x, np.inf)]
+        expected = [np.inf if number == "infinite" else float(number) for number in numbers]
+        assert computed == pytest.approx(expected, rel=0.01)
 
 
 # ==== 4. The representation ====
