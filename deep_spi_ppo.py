@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "envpool==1.2.5", "gymnasium==1.4.0", "numpy==2.4.6", "tensorboard==2.21.0",
+#     "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2", "scipy==1.17.1"]
+# ///
 """Deep SPI on vector observations: safe policy improvement via world models (Delgrange, Avalos, Röpke, ICLR 2026).
 
     python deep_spi_ppo.py                                 # solves CartPole-v1 in about a minute on a laptop

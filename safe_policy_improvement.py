@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "envpool==1.2.5", "gymnasium==1.4.0", "numpy==2.4.6", "tensorboard==2.21.0",
+#     "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2", "scipy==1.17.1"]
+# ///
 """The theory of Deep SPI on MDPs small enough to solve exactly: four experiments, a picture each.
 
 Paper: "Deep SPI: Safe Policy Improvement via World Models", Delgrange, Avalos and Röpke, ICLR 2026.
@@ -15,7 +20,7 @@ Paper: "Deep SPI: Safe Policy Improvement via World Models", Delgrange, Avalos a
     python safe_policy_improvement.py                             # all four, about a minute on one core
     python safe_policy_improvement.py --section planning-bound    # one of them
 
-Expect four tables, and four pictures and a CSV in runs/safe_policy_improvement. With exact advantages V never falls
+Expect five tables, and four pictures and a CSV in runs/safe_policy_improvement. With exact advantages V never falls
 inside N^C; with a learned model it falls far less there than outside. No bound is broken inside N^{1/γ}; outside, some
 are. Only the data of the learned models are sampled; everything else is a linear solve in float64.
 """
@@ -480,6 +485,21 @@ def zeta(case: Case, C: float, gamma: float, V_model: np.ndarray, V_model_b: np.
     return value_gap_bound(case, C, gamma, V_model) + value_gap_bound(case, 1.0, gamma, V_model_b)
 
 
+def published_zeta(case: Case, SIR: float, gamma: float, V_model: np.ndarray, V_model_b: np.ndarray) -> float:
+    """The paper's ζ (Theorem 3): AEL (L_R/γ + K_V L_P) (1/(1/SIR - γ) + 1/(1 - γ)); infinite from SIR = 1/γ on.
+
+    Second-hand, from public notes on arXiv:2510.12312. SIR is the largest ratio π/π_b, AEL = H_b. K_V bounds both
+    policies' model values; here it is the smallest that does, so that the paper's ζ is not made larger than it is. What
+    else the theorem asks for (K_P̄ < 1/γ, aligned reset states) is not checked. The first fraction is Theorem 2's.
+    """
+    if gamma * SIR > 1 - 1e-12:
+        return np.inf
+    K_V = max(lipschitz_constant(V, case.position) for V in (V_model, V_model_b))
+    episode_length = expected_visits(case.mdp, case.pi_b[case.phi]).sum()
+    loss = case.mean_loss(K_V, gamma) / gamma  # L_R/γ + K_V L_P
+    return episode_length * loss * (1 / (1 / SIR - gamma) + 1 / (1 - gamma))
+
+
 def chain(n_steps: int) -> Case:
     """The worst case: a_1 goes on, a_2 ends, π_b is uniform; only R̄ of the last a_1 is wrong, 1 instead of 0."""
     P, R = np.zeros((n_steps, 2, n_steps)), np.zeros((n_steps, 2))
@@ -530,14 +550,30 @@ def trials(args: Args, rng: np.random.Generator, levels: tuple[int, ...]) -> Ite
                 yield case, side, "random", choose(noise)
 
 
+def two_zetas(case: Case, C: float, gamma: float) -> dict[str, float]:
+    """Of the model's best policy in N^C(π_b): |real - model| improvement, our ζ, the paper's at its largest ratio."""
+    pi = plan(case.model_P, case.model_R, gamma, lambda Q: improve(case.pi_b, Q, C))
+    (V, V_model), (V_b, V_model_b) = case.values(pi, gamma), case.values(case.pi_b, gamma)
+    return {
+        "|real - model|": abs(case.mdp.start @ (V - V_b - (V_model - V_model_b)[case.phi])),
+        "zeta": zeta(case, C, gamma, V_model, V_model_b),
+        "the paper's zeta": published_zeta(case, (pi / case.pi_b).max(), gamma, V_model, V_model_b),
+    }
+
+
 def planning_bound(args: Args, out_dir: Path) -> list[tuple]:
     """Section 3: real improvement against model improvement minus ζ, inside and outside the neighbourhood."""
     rng = np.random.default_rng([args.seed, 3])
     C = args.bound_C or 1 / args.gamma
     rows, results, table = [], [], []
+    n_compared = args.n_latents[len(args.n_latents) // 2]
+    widths = 1 + (1 / args.gamma - 1) * np.array([0.01, *np.arange(0.1, 1, 0.1), 0.99, 0.999, 1])  # up to C = 1/γ
+    compared = {width: [] for width in widths}
     for case, side, policy, pi in trials(args, rng, args.n_latents):
         if side == "behaviour":
             V_b, V_model_b = case.values(pi, args.gamma)
+            for width in widths if len(case.position) == n_compared else ():
+                compared[width].append(two_zetas(case, width, args.gamma))
             continue
         V, V_model = case.values(pi, args.gamma)
         real = case.mdp.start @ (V - V_b)
@@ -547,7 +583,8 @@ def planning_bound(args: Args, out_dir: Path) -> list[tuple]:
         numbers = {"real improvement": real, "model improvement": imagined, "zeta": slack}
         rows += [(3, f"{side}, {policy}", name, len(case.position), number) for name, number in numbers.items()]
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8))
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9.4))
+    axes = axes.ravel()
     inside, latents, *_ = results = np.array(results).T
     for side, colour, marker in (("outside", ORANGE, "s"), ("inside", BLUE, "o")):
         chosen = inside == (side == "inside")
@@ -590,6 +627,21 @@ def planning_bound(args: Args, out_dir: Path) -> list[tuple]:
     axes[2].set(yscale="log", xlabel="C, the largest ratio of the policy", ylabel="|real − model| / bound at 1/γ")
     axes[2].set_title("A worst case: the bound is tight at 1/γ")
     axes[2].legend(loc="lower right")
+
+    means = [{name: np.mean([one[name] for one in ones]) for name in ones[0]} for ones in compared.values()]
+    show(f"   Two sets of constants, {n_compared} latents", [{"C": C} | m for C, m in zip(widths, means, strict=True)])
+    for name, colour, marker, style, label in (
+        ("the paper's zeta", RED, "^", "--", "ζ, the paper's"),
+        ("zeta", BLUE, "o", "--", "ζ, this project's"),
+        ("|real - model|", BLUE, "o", "-", "|real − model|"),
+    ):
+        finite = [(C, mean[name]) for C, mean in zip(widths, means, strict=True) if np.isfinite(mean[name])]
+        axes[3].plot(*np.transpose(finite), color=colour, marker=marker, ls=style, lw=2.5, label=label)
+        rows += [(3, f"planner, {n_compared} latents", name, *xy) for xy in finite]
+    axes[3].axvline(1 / args.gamma, color="black", ls=":", lw=2)
+    axes[3].set(yscale="log", xlabel="C of the neighbourhood that is planned in")
+    axes[3].set_title(f"Two sets of constants, {n_compared} latents; C = 1/γ dotted")
+    axes[3].legend(loc="center left", bbox_to_anchor=(0, 0.45), handlelength=3.5)
     save(figure, out_dir / "3_planning_bound.png")
     return rows
 

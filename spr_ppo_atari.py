@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "envpool==1.2.5", "gymnasium==1.4.0", "numpy==2.4.6", "tensorboard==2.21.0",
+#     "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2", "scipy==1.17.1"]
+# ///
 """SPR on PPO, Atari: predict your own latent, up to K = 5 steps ahead (Schwarzer et al., ICLR 2021).
 
     python spr_ppo_atari.py --env-id Pong-v5               # 10 M agent steps, stochastic setting of Deep SPI's paper

@@ -15,7 +15,7 @@ PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PATHS += [ROOT / "benchmark" / "README.md"]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 GUIDES = pytest.mark.parametrize("name", TEXTS)
-FOREIGN_FLAGS = {"--help", "--logdir", "--with-requirements"}  # tyro's and argparse's, TensorBoard's, uv's
+FOREIGN_FLAGS = {"--help", "--logdir"}  # tyro's and argparse's, TensorBoard's
 EXAMPLES = {"my_agent.py", "script.py"}  # a reader's own
 
 

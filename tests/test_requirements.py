@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-WITH_BLOCK = [name for name in SCRIPTS if "# /// script\n" in (ROOT / name).read_text(encoding="utf-8")]
 CALLED = {"PIL": "matplotlib"}  # imported under a name that is no requirement: comes with one that is
 
 
@@ -28,12 +27,18 @@ def block(name: str) -> dict:
     return tomllib.loads("".join(line[2:] for line in found[0]["content"].splitlines(keepends=True)))
 
 
-def test_there_is_one():
-    assert "evaluate.py" in WITH_BLOCK
+def first_lines(name: str) -> list[str]:
+    return (ROOT / name).read_text(encoding="utf-8").splitlines()[:5]
 
 
-@pytest.mark.parametrize("name", WITH_BLOCK)
+def test_all_scripts_begin_with_the_same_block():
+    assert {"deep_spi_ppo.py", "evaluate.py", "safe_policy_improvement.py"} <= set(SCRIPTS)
+    assert len({tuple(first_lines(name)) for name in SCRIPTS}) == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_asks_for_the_requirements(name):
+    assert (first_lines(name)[0], first_lines(name)[-1]) == ("# /// script", "# ///")
     metadata = block(name)
     assert metadata["dependencies"] == requirements()
     assert metadata["requires-python"] == ">=3.11"  # the oldest for which the pinned EnvPool has a wheel

@@ -1,6 +1,7 @@
 """Tests of safe_policy_improvement.py: linear programme, monotonicity, bounds and their worst cases, command line."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +249,58 @@ def test_zeta_counts_the_gap_of_the_behaviour_policy_as_well():
 def test_bound_refuses_a_neighbourhood_that_is_too_large():
     with pytest.raises(ValueError, match=r"gamma \* C <= 1"):
         spi.value_gap_bound(spi.chain(2), 1.2, GAMMA, np.zeros(2))
+
+
+def test_published_zeta_by_hand_on_a_chain():
+    case = spi.chain(3)
+    V_model = case.values(case.pi_b, GAMMA)[1]
+    episode_length = 1 + 1 / 2 + 1 / 4  # and ℓ_R is 1 in the third step's a_1, which one episode in eight takes
+    for SIR in (1.0, 1.05, 1.1):
+        expected = 1 / 8 / GAMMA * (1 / (1 / SIR - GAMMA) + 1 / (1 - GAMMA))
+        assert episode_length * case.mean_loss(0.0, GAMMA) == pytest.approx(1 / 8)  # no ℓ_P: K_V does not matter
+        assert spi.published_zeta(case, SIR, GAMMA, V_model, V_model) == pytest.approx(expected)
+    assert spi.published_zeta(case, 1 / GAMMA - 1e-9, GAMMA, V_model, V_model) > 1e6
+    for SIR in (1 / GAMMA, 1.5):
+        assert spi.published_zeta(case, SIR, GAMMA, V_model, V_model) == np.inf
+
+
+def test_published_zeta_weighs_transitions_by_the_larger_lipschitz_constant():
+    case = two_worst_cases(1)["transition"]  # a_1, half of the steps, ends; the model says that it reaches the prize
+    V_model = case.values(case.pi_b, GAMMA)[1]
+    steep = np.array([3.0, 0.0])  # K_V = 3 (from the end at 0 to the prize at 1), where that of V_model is 1
+    ours, theirs = (spi.published_zeta(case, 1.0, GAMMA, V_model, V) for V in (V_model, steep))
+    assert spi.lipschitz_constant(V_model, case.position) == 1
+    assert ours == pytest.approx(1 / 2 * 2 / (1 - GAMMA)) and theirs == pytest.approx(3 * ours)
+
+
+def test_our_constants_are_tighter_in_every_case_and_by_the_stated_factor():
+    at_the_edge = []
+    for case, side, _, pi in spi.trials(small_args(), np.random.default_rng(8), (12, 6, 3)):
+        if side != "behaviour":
+            continue
+        for C in (1.01, 1.05, 1.1):
+            found = spi.two_zetas(case, C, GAMMA)
+            assert found["|real - model|"] < found["zeta"] < found["the paper's zeta"] / 5
+        # Of π_b itself both are twice the bound of one policy: with one K_V their ratio is that of the document.
+        V_model_b = case.values(pi, GAMMA)[1]
+        zetas = [zeta(case, 1.0, GAMMA, V_model_b, V_model_b) for zeta in (spi.published_zeta, spi.zeta)]
+        assert zetas[0] / zetas[1] == pytest.approx(1 / (GAMMA * (1 - GAMMA))) and 11.1 < zetas[0] / zetas[1] < 11.2
+        at_the_edge.append(spi.two_zetas(case, 1 / GAMMA, GAMMA)["the paper's zeta"])
+    assert np.isinf(at_the_edge).mean() > 0.9  # unless no action can be raised so far, as the others must be lowered
+
+
+def test_the_document_states_the_two_zetas_of_the_script(tmp_path):
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    stated = re.findall(r"^\| (1[./][\dγ]+) \| (0\.\d+) \| (\d.*?) \| (\S+) \|$", text, re.MULTILINE)
+    assert len(stated) == 5
+    rows = spi.planning_bound(spi.Args(), tmp_path)
+    found = {name: {x: y for _, _, which, x, y in rows if which == name} for name in ("|real - model|", "zeta")}
+    published = {x: y for _, _, which, x, y in rows if which == "the paper's zeta"}
+    for C, *numbers in stated:
+        x = min(found["zeta"], key=lambda x: abs(x - (1 / GAMMA if C == "1/γ" else float(C))))
+        computed = [found["|real - model|"][x], found["zeta"][x], published.get(x, np.inf)]
+        expected = [np.inf if number == "infinite" else float(number) for number in numbers]
+        assert computed == pytest.approx(expected, rel=0.01)
 
 
 # ==== 4. The representation ====

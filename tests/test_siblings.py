@@ -17,13 +17,13 @@ SOURCES = {name: (ROOT / name).read_text() for name in SCRIPTS}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
 BUDGETS = {  # the most that there may be
-    "lines": {  # of a script, all included
-        "ppo_baseline.py": 515,
-        "deep_spi_ppo_atari.py": 705,
-        "deepmdp_ppo_atari.py": 640,
-        "deep_spi_ppo.py": 725,
+    "lines": {  # of a script, all included: 5 of them are its inline metadata
+        "ppo_baseline.py": 520,
+        "deep_spi_ppo_atari.py": 710,
+        "deepmdp_ppo_atari.py": 645,
+        "deep_spi_ppo.py": 730,
     },
-    "lecture": {"deep_spi_ppo_atari.py": 565},  # its lines before the run's folder
+    "lecture": {"deep_spi_ppo_atari.py": 570},  # its lines before the run's folder
     "docstring": 25,  # its lines, in each script
     "train": 95,  # lines of that function
     "width": 70,  # mean number of characters of the lines that are neither blank nor comment: nothing is packed

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import statistics
 import subprocess
 import sys
 
@@ -75,6 +76,20 @@ def test_tables_of_two_rounds(tmp_path):
     assert "A = 4" not in ratios  # which no case had
     # (2e12 / 1e11 + 1 second) at best, 1024 / 30 seconds measured
     assert "| ppo_baseline A=6 | 30 | 1.25 | 8.0 | 62 % |" in throughput.speed_table(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["", "throughput_rewrite"])
+def test_parts_of_an_iteration_sum_to_the_whole(folder):
+    values = throughput.values_by_case(throughput.RESULTS / folder)
+    drawn = 0
+    for script in ("ppo_baseline", "deep_spi_ppo_atari"):
+        for num_actions in (4, 6, 18):
+            if rates := values[f"{script} A={num_actions}", "sps"]:
+                parts = throughput.iteration_parts(values, script, num_actions)
+                assert min(parts.values()) > 0 and parts.keys() <= throughput.STAGES.keys()
+                assert sum(parts.values()) == pytest.approx(1024 / statistics.median(rates))
+                drawn += 1
+    assert drawn >= 4
 
 
 def test_operations_are_those_of_the_scripts():

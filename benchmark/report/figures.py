@@ -11,11 +11,13 @@ from benchmark.common import RESULTS, ROOT, markdown
 from benchmark.report.scores import read_scores
 from benchmark.studies import (
     atari_200k,
+    clip,
     confounding,
     confounding_mechanism,
     control,
     early,
     pilot,
+    pretrained,
     throughput,
     whole_games,
 )
@@ -41,6 +43,7 @@ TABLES = {
     "control_scores": lambda: control.placement_score_table(read_scores(control.FOLDER)),
     "control_differences": lambda: control.placement_difference_table(read_scores(control.FOLDER)),
     "atari_200k": atari_200k.table,
+    "clip": clip.table,
     "speed_ratios": lambda: throughput.ratio_table(RESULTS),
     "speed_ratios_later": lambda: throughput.ratio_table(RESULTS / "throughput_later"),
     "speed_ratios_rewrite": lambda: throughput.ratio_table(RESULTS / "throughput_rewrite"),
@@ -51,6 +54,7 @@ TABLES = {
     "early_scores": lambda: early.score_table(read_scores(early.FOLDER)),
     "early_differences": lambda: early.difference_table(read_scores(early.FOLDER)),
     "pilot": pilot.table,
+    "pretrained": pretrained.table,
     "cost": cost_table,
     **{
         name: functools.partial(lambda table: table(whole_games.read(whole_games.CSV)), table)
@@ -73,8 +77,10 @@ def main() -> None:
     """Tables and pictures."""
     for document in DOCUMENTS:
         document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
+    clip.draw()
     control.draw()
     throughput.draw(RESULTS)
+    throughput.draw(RESULTS / "throughput_rewrite")
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
     confounding_mechanism.draw(confounding.FOLDER)
     print("the documents and the pictures in benchmark/results are up to date with the CSV files there")

@@ -31,6 +31,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 
 import confounding_gridworld as cg
 from benchmark.common import RESULTS, ROOT, markdown
@@ -330,22 +331,31 @@ def draw_values(groups: dict[str, Runs], path: Path) -> None:
     cg.save(figure, path)
 
 
+def tones(colour: str) -> tuple[np.ndarray, np.ndarray]:
+    """A pale and a dark tone (3,) of a colour: mixed with white, with black."""
+    rgb = np.array(to_rgb(colour))
+    return 0.45 * rgb + 0.55, 0.65 * rgb
+
+
 def draw_falls(groups: dict[str, Runs], path: Path) -> None:
-    """Total decrease and largest drawdown of every run, with each method's mean and interval."""
+    """Total decrease and largest drawdown of every run (pale dots), with each method's mean and interval (dark)."""
     figure, axes = plt.subplots(1, 2, figsize=(14, 2 + 0.75 * len(groups)), sharey=True)
     for axis, metric in zip(axes, ("total_decrease", "largest_drawdown"), strict=True):
         for row, runs in enumerate(groups.values()):
             for method, shift in zip(cg.METHODS, (-0.25, 0, 0.25), strict=True):
                 if method in runs:
                     x = np.array([run[metric] for run in runs[method].values()])
-                    axis.plot(cg.mean_interval(x), [row + shift] * 2, color=cg.COLOURS[method], lw=3)
-                    axis.plot(x, np.full(len(x), row + shift), "o", color=cg.COLOURS[method], ms=5, mec="white")
-                    axis.plot(x.mean(), row + shift, "D", color=cg.COLOURS[method], ms=7, mec="black")
+                    pale, dark = tones(cg.COLOURS[method])
+                    axis.plot(x, np.full(len(x), row + shift), "o", color=pale, ms=8, mec="white", mew=0.5)
+                    axis.plot(cg.mean_interval(x), [row + shift] * 2, "|-", color=dark, lw=1.8, ms=9, mew=1.8)
+                    axis.plot(x.mean(), row + shift, "D", color=dark, ms=5)
         axis.set(xlabel=f"{cg.METRICS[metric]} of V(start)", yticks=range(len(groups)), yticklabels=groups)
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
     for method, name in cg.METHODS.items():
-        axes[1].plot([], [], "D-", color=cg.COLOURS[method], mec="black", label=name)
+        pale, dark = tones(cg.COLOURS[method])
+        axes[1].plot([], [], "o", color=pale, ms=8, label=f"{name}: each run")
+        axes[1].plot([], [], "D-", color=dark, lw=1.8, ms=5, label=f"{name}: mean, 95 % interval")
     axes[1].legend(loc="best", fontsize=9)
     cg.save(figure, path)
 

@@ -65,26 +65,44 @@ def placement_difference_table(scores: Scores) -> str:
     return markdown(["task", "outcome", *columns], rows)
 
 
+def curves() -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Task → algorithm → steps (points,) and returns (seeds, points), where every seed of every algorithm has games."""
+    found = defaultdict(lambda: defaultdict(list))  # {step: return} of each seed, in the order of the seeds
+    for run in sorted(read_results(FOLDER).runs, key=lambda run: run.seed):
+        found[run.task][run.algorithm].append(dict(parts(run.ends, run.returns, run.done["steps"], CURVE_PARTS)))
+    table = {}
+    for task, algorithms in found.items():
+        steps = sorted(set.intersection(*(set(seed) for seeds in algorithms.values() for seed in seeds)))
+        of = {name: np.array([[seed[step] for step in steps] for seed in seeds]) for name, seeds in algorithms.items()}
+        table[task] = {name: (np.array(steps), returns) for name, returns in of.items()}
+    return table
+
+
 def draw() -> None:
-    """Return over steps on the control tasks: each placement's mean over seeds, with its interval, and every seed."""
-    curves = defaultdict(lambda: defaultdict(list))  # task → algorithm → {step: return} of each seed
-    for run in read_results(FOLDER).runs:
-        curve = parts(run.ends, run.returns, run.done["steps"], CURVE_PARTS)
-        curves[run.task][run.algorithm].append(dict(curve))
-    figure, axes = plt.subplots(2, len(CONTROL_STEPS), figsize=(11, 6), layout="constrained")
-    for axis, task in zip(axes.T.flat, CONTROL_TASKS, strict=True):  # a column per environment
-        axis.set(title=task.label)
+    """Return over steps, mean over seeds and its interval; below it how far Deep SPI is from the others, by seed."""
+    table = curves()
+    heights = {"height_ratios": (3, 2, 3, 2)}
+    figure, axes = plt.subplots(4, len(CONTROL_STEPS), figsize=(11, 10), gridspec_kw=heights, layout="constrained")
+    pairs = (column[i : i + 2] for column in axes.T for i in (0, 2))  # a column per environment
+    for (above, below), task in zip(pairs, CONTROL_TASKS, strict=True):
+        ours = table[task.label][PLACEMENTS["Deep SPI"]][1]
         for name, algorithm in PLACEMENTS.items():
-            colour = COLOURS[algorithm]
-            seeds = curves[task.label][algorithm]
-            steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
-            returns = np.array([[seed[step] for step in steps] for seed in seeds])  # (seeds, steps)
-            steps = np.array(steps) / 1000
-            axis.plot(steps, returns.T, color=colour, alpha=0.2, linewidth=0.5)
-            axis.fill_between(steps, *mean_interval(returns), color=colour, alpha=0.25, linewidth=0)
-            axis.plot(steps, returns.mean(axis=0), color=colour, linewidth=1.5, label=f"{name}, {len(seeds)} seeds")
-        axis.axhline(SOLVED_AT[task.env_id], color="0.4", linestyle="--", linewidth=1)
+            steps, returns = table[task.label][algorithm]
+            steps, colour = steps / 1000, COLOURS[algorithm]
+            shaded = {"color": colour, "alpha": 0.25, "linewidth": 0}
+            above.fill_between(steps, *mean_interval(returns), **shaded)
+            above.plot(steps, returns.mean(axis=0), color=colour, linewidth=1.5, label=name)
+            if name != "Deep SPI":
+                below.fill_between(steps, *mean_interval(ours - returns), **shaded)
+                below.plot(steps, (ours - returns).mean(axis=0), color=colour, label=f"Deep SPI − {name}")
+        above.set_title(task.label)
+        above.axhline(SOLVED_AT[task.env_id], color="0.4", linestyle="--", linewidth=1)
+        below.axhline(0, color="0.4", linewidth=1)
+        below.sharex(above)
+        above.tick_params(labelbottom=False)
+    for axis, label in zip(axes[:, 0], ("return", "difference") * 2, strict=True):
+        axis.set_ylabel(label)
     axes[0, 0].legend(loc="lower right", fontsize="small")
+    axes[1, 0].legend(loc="upper right", fontsize="small")
     figure.supxlabel("environment steps, in thousands")
-    figure.supylabel("return of the games that end there")
     save_figure(figure, RESULTS / "control.png")

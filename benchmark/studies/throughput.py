@@ -46,7 +46,9 @@ TABLE = RESULTS / "throughput.csv"
 GAMES = {4: "Breakout-v5", 6: "Pong-v5", 18: "Boxing-v5"}  # by number of actions
 ITERATION = 128 * 8  # agent steps
 MINIBATCHES, ROWS, FRAMES = 16, 256, 288  # an iteration's updates; transitions and encoded frames of each
-STAGES = ("environment", "encoder, 16 updates", "P̄ and ℓ_P", "R̄ and ℓ_R", "rest of the learner")
+STAGES = {  # an iteration's parts, and their colours: grey, blue, red, orange, light grey
+    **{"environment": "C7", "encoder, 16 updates": "C0", "P̄ and ℓ_P": "C3", "R̄ and ℓ_R": "C1", "all else": "0.8"},
+}
 RATIOS = {  # label: above and below the fraction line, each (case, measure)
     "`ppo_baseline.py` : plain, end to end": (("ppo_baseline A=6", "sps"), ("ppo_baseline plain A=6", "sps")),
     **{
@@ -329,37 +331,41 @@ def roofline_share(values: dict, case: str, sps: float) -> str:
     return f"{100 * bound / (ITERATION / sps):.0f} %"
 
 
+def iteration_parts(values: dict, script: str, num_actions: int) -> dict[str, float]:
+    """Seconds of an iteration's parts, medians over the rounds; the last is what is left of the whole, end to end."""
+    stages, has_model = f"stages A={num_actions}", script == "deep_spi_ppo_atari"
+    encoder = np.median(values[stages, "encoder_288_frames_s" if has_model else "encoder_256_rows_s"])
+    parts = {
+        "environment": ITERATION / np.median(values[stages, "environment_sps"]),
+        "encoder, 16 updates": MINIBATCHES * encoder,
+    }
+    if has_model:
+        parts["P̄ and ℓ_P"] = MINIBATCHES * np.median(values[stages, "transition_256_rows_s"])
+        parts["R̄ and ℓ_R"] = MINIBATCHES * np.median(values[stages, "reward_256_rows_s"])
+    whole = ITERATION / np.median(values[f"{script} A={num_actions}", "sps"])
+    return parts | {"all else": whole - sum(parts.values())}
+
+
 def draw(results: Path) -> None:
-    """Where an iteration of Deep SPI and of PPO goes, in seconds, for 4, 6 and 18 actions."""
+    """Where an iteration of Deep SPI and of PPO goes, in seconds, for 4, 6 and 18 actions where they were measured."""
     values = values_by_case(results)
-    figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     labels = []
-    for script, has_model in (("ppo_baseline", False), ("deep_spi_ppo_atari", True)):
-        for num_actions in (4, 6, 18):
-            stages = f"stages A={num_actions}"
-            if not values[f"{script} learner A={num_actions}", "sps"]:
+    for script in ("deep_spi_ppo_atari", "ppo_baseline"):
+        for num_actions in (18, 6, 4):
+            if not values[f"{script} A={num_actions}", "sps"]:
                 continue
-            learner = ITERATION / np.median(values[f"{script} learner A={num_actions}", "sps"])
-            parts = {
-                "environment": ITERATION / np.median(values[stages, "environment_sps"]),
-                "encoder, 16 updates": 16
-                * np.median(values[stages, "encoder_288_frames_s" if has_model else "encoder_256_rows_s"]),
-            }
-            if has_model:
-                parts["P̄ and ℓ_P"] = 16 * np.median(values[stages, "transition_256_rows_s"])
-                parts["R̄ and ℓ_R"] = 16 * np.median(values[stages, "reward_256_rows_s"])
-            parts["rest of the learner"] = learner - sum(list(parts.values())[1:])
-            left = 0.0
-            for part, color in zip(STAGES, ("C7", "C0", "C3", "C1", "0.8"), strict=True):
+            parts, left = iteration_parts(values, script, num_actions), 0.0
+            for part, color in STAGES.items():
                 axis.barh(len(labels), parts.get(part, 0), left=left, color=color, label=None if labels else part)
                 left += parts.get(part, 0)
-            axis.plot(
-                ITERATION / np.median(values[f"{script} A={num_actions}", "sps"]), len(labels), "k|", markersize=14
-            )
+            axis.text(left, len(labels), f" {left:.2f} s", va="center", fontsize=9)
             labels.append(f"{script}.py, A = {num_actions}")
-    axis.set(yticks=range(len(labels)), yticklabels=labels, xlabel="seconds an iteration (1,024 steps); | end to end")
+    axis.set(yticks=range(len(labels)), yticklabels=labels, xlabel="seconds of an iteration (1,024 steps), end to end")
+    axis.margins(x=0.1)
     figure.legend(loc="outside upper center", ncols=len(STAGES), fontsize=8)
     figure.savefig(results / "throughput.png", dpi=150, metadata={"Software": None})
+    plt.close(figure)
 
 
 # ---- The command
