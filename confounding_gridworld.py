@@ -19,7 +19,7 @@ every policy on the way is exact, and each fall of it counts. Agents with the sa
     gated     the same, but where the clip is active, the losses pull φ no more either
 
     φ  encoder            R̄  reward_model        ℓ_R  reward_loss        α_R  reward_loss_coef
-    z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
+    z' next_z             P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
     U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
 
 Expect a table, and two pictures in runs/confounding_gridworld. V(start) begins at 4.8, where π_b goes RIGHT; the
@@ -238,9 +238,9 @@ def state_visits(world: Gridworld, pi: np.ndarray, gamma: float) -> np.ndarray:
 # linear bottleneck. The world model has the sizes of `deep_spi_ppo.py`.
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights of gain `std`, zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of this gain, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -340,13 +340,13 @@ class Agent(nn.Module):
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
             nn.ReLU(),
             nn.Flatten(),
-            layer_init(nn.Linear(7 * 7 * 64, latent_dim), std=1.0),
+            layer_init(nn.Linear(7 * 7 * 64, latent_dim), gain=1.0),
         )
         self.reward_model = RewardModel(latent_dim, num_actions, generator)
         self.transition_model = TransitionModel(latent_dim, num_actions, generator)
         self.fc = layer_init(nn.Linear(latent_dim, 512))
-        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
-        self.critic = layer_init(nn.Linear(512, 1), std=1.0)
+        self.actor = layer_init(nn.Linear(512, num_actions), gain=0.01)
+        self.critic = layer_init(nn.Linear(512, 1), gain=1.0)
 
     def encode(self, obs: Tensor) -> Tensor:
         """z = φ(s), (B, D), of pictures (B, 1, 84, 84) uint8."""
@@ -359,7 +359,7 @@ class Agent(nn.Module):
 
 
 # ==== 4. Equations ====================================================================================================
-# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, r, s'). Where s is already the
+# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, s'). Where s is already the
 # last of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
 
 
@@ -403,7 +403,7 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
-    """ℓ_R(s,a) = |r - R̄(φ(s),a)|, as smooth-L1 (published), per transition: (M,)."""
+    """ℓ_R(s,a) = |R(s,a) - R̄(φ(s),a)|, as smooth-L1 (published), per transition: (M,)."""
     return F.smooth_l1_loss(predicted_rewards, rewards, reduction="none")
 
 
@@ -434,7 +434,7 @@ def compute_loss(
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # before the losses are subtracted, which are not
+    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses below are not normalised
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if next_z is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
@@ -449,7 +449,6 @@ def compute_loss(
         world_model_stats = {
             "world_model/reward_loss": masked_mean(l_r, batch.mask),
             "world_model/transition_loss": masked_mean(l_p, batch.mask),
-            "spi/utility_mean": masked_mean(utility, batch.mask),
             "spi/penalty_mean": masked_mean(penalty, batch.mask),
         }
 
@@ -458,7 +457,7 @@ def compute_loss(
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss + additive_loss
 
-    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action; 1 in dummies
     outside = (ratios > 1 + args.clip_coef) | (ratios < 1 - args.clip_coef)  # of N^C with C = 1 + ε
     stats = {
         "losses/policy_loss": policy_loss,

@@ -52,8 +52,8 @@ from tqdm import tqdm
 # ==== 1. Arguments ====================================================================================================
 
 MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
-UNITS = torch.cpu.get_capabilities()
-HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # old GPUs emulate it
+CPU = torch.cpu.get_capabilities()
+HAS_BF16 = torch.cuda.is_available() or CPU.get("amx_bf16") or CPU.get("avx512_bf16")  # old GPUs emulate it
 ATARI = [name for name, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
 
 
@@ -73,7 +73,7 @@ class Args:
     num_envs: int = 128  # N, parallel environments
     num_steps: int = 8  # T, steps of each environment per iteration
     repeat_action_probability: float = 0.3  # sticky actions: probability that the last action is repeated instead
-    noop_max: int = 60  # a game starts with a random number of no-ops, from 1 to this many
+    noop_max: int = 60  # a game, and each life, starts with 1 to this many no-ops, the last FIRE where games have it
 
     # ---- PPO
     learning_rate: float = 2.5e-4  # Adam's step size, annealed linearly to 0
@@ -89,26 +89,26 @@ class Args:
 
     # ---- DBC
     dbc_loss_coef: float = 1.0  # α, weight of ℓ_P + ℓ_R + ½ ℓ_B
-    loss_placement: Literal["utility", "additive", "gated"] = "additive"  # in U; beside it; in U where r is unclipped
+    loss_placement: Literal["utility", "additive", "gated"] = "additive"  # in U; beside J; in U where no clip is active
 
     def __post_init__(self):
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
-        for name in (field.name for field in fields(self) if field.type in (int, float)):
-            least = 0 if name == "seed" or type(getattr(self, name)) is float else 1
+        for name, kind in ((field.name, field.type) for field in fields(self) if field.type in (int, float)):
+            least = 0 if name == "seed" or kind is float else 1
             self.check(name, least <= getattr(self, name) < np.inf, f"must be finite and at least {least}")
         for name in ("repeat_action_probability", "gamma", "gae_lambda"):
             self.check(name, getattr(self, name) <= 1, "must lie in [0, 1]")
         for name in ("learning_rate", "max_grad_norm"):
             self.check(name, getattr(self, name) > 0, "must be positive")
         self.check("seed", self.seed < 2**63, "must be below 2^63")
-        self.check("noop_max", self.noop_max <= 10_000, "must be at most 10,000: every start plays so many frames")
+        self.check("noop_max", self.noop_max <= 10_000, "must be at most 10,000: a start plays up to so many frames")
         self.check("clip_coef", 0 < self.clip_coef < 1, "must lie in (0, 1), so that 1 < C < 2")
         rollout, chunks = self.num_envs * self.num_steps, self.num_envs * self.num_steps // self.chunk_length
         self.check("total_timesteps", self.total_timesteps >= rollout, f"must be at least one rollout, {rollout}")
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its own folder has that name, and none
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its log folder wandb/ has none
         self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
@@ -156,9 +156,9 @@ class Games:
         game, its return unclipped; it lacks what was scored in the no-ops after a lost life: docs/environments.md.
         """
         frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
-        # A reset after a lost life plays no-ops. If the game ends in them, only the next game's higher lives tell.
+        # The reset after a lost life plays no-ops. If they end the game no flag says so, but lives rise to the next's.
         untold = self.life_lost & (info["lives"] > self.lives)
-        over = terminated & info["terminated"].astype(bool) | truncated  # if the last no-op ends it, info says so twice
+        over = (terminated & info["terminated"].astype(bool)) | truncated  # info's is of the game, and may come twice
         self.returns += info["reward"]
         self.lengths += ~self.is_last
         self.is_last, self.lives, self.life_lost = terminated | truncated, info["lives"], terminated & ~over
@@ -172,9 +172,9 @@ class Games:
 # B rows, A actions, D = 50: the size of the latent z = φ(s), which is the paper's h.
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights of gain `std`, zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of this gain, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -209,10 +209,10 @@ class Agent(nn.Module):
         ).to(memory_format=torch.channels_last)
         with torch.no_grad():
             num_features, D = self.encoder(torch.zeros(1, 4, 84, 84)).numel(), 50
-        self.bottleneck = nn.Sequential(layer_init(nn.Linear(num_features, D), std=1.0), nn.LayerNorm(D))
+        self.bottleneck = nn.Sequential(layer_init(nn.Linear(num_features, D), gain=1.0), nn.LayerNorm(D))
         self.fc = layer_init(nn.Linear(D, 512))
-        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
-        self.critic = layer_init(nn.Linear(512, 1), std=1.0)
+        self.actor = layer_init(nn.Linear(512, num_actions), gain=0.01)
+        self.critic = layer_init(nn.Linear(512, 1), gain=1.0)
         with torch.random.fork_rng(devices=()):  # so that all else is drawn as in the baseline, to the last bit
             self.transition_model = TransitionModel(D, num_actions)
             self.reward_decoder = nn.Sequential(nn.Linear(D, 512), nn.LayerNorm(512), nn.ReLU(), nn.Linear(512, 1))
@@ -221,7 +221,7 @@ class Agent(nn.Module):
         """z = φ(s), (B, D) float32, of frames (B, 84, 84, 4) uint8."""
         first, bf16 = self.encoder[0], torch.is_autocast_enabled(obs.device.type)
         frames = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32)
-        x = first._conv_forward(frames, first.weight / 255, first.bias)  # = of pixels / 255: weights are fewer
+        x = first._conv_forward(frames, first.weight / 255, first.bias)  # as of frames / 255, but weights are fewer
         return self.bottleneck(self.encoder[1:](x).permute(0, 2, 3, 1).flatten(1)).float()
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,14 +231,14 @@ class Agent(nn.Module):
 
 
 # ==== 4. Equations ====================================================================================================
-# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, r, s'). Where s is already the
+# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, s'). Where s is already the
 # last of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch: B chunks of L steps, row after row."""
+    """The M transitions of a minibatch: M/L chunks of L steps, row after row."""
 
-    obs: Tensor  # (B, L + 1, 84, 84, 4) the frames s, and the last s'; without a world model (B, L, ...)
+    obs: Tensor  # (M/L, L + 1, 84, 84, 4) the frames s, and the last s'; without a world model (M/L, L, ...)
     actions: Tensor  # (M,) int64
     rewards: Tensor  # (M,) clipped
     old_log_probs: Tensor  # (M, A) ln π_old of every action
@@ -325,9 +325,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def latents(agent: Agent, batch: Transitions) -> tuple[Tensor, Tensor]:
-    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each observation of a chunk is encoded once."""
-    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (B, L + 1, ...)
-    length = len(batch.actions) // len(z)
+    """z = φ(s) and, with a world model, z' = φ(s') of the M transitions; not detached. Nothing is encoded twice."""
+    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (M/L, L + 1, ...)
+    length = len(batch.actions) // len(z)  # L
     return z[:, :length].flatten(0, 1), z[:, 1:].flatten(0, 1)
 
 
@@ -377,7 +377,6 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: torch.Gene
             "world_model/bisimulation_loss": masked_mean(l_b, batch.mask),
             "world_model/bisimulation_loss_constant": masked_mean(constant, batch.mask),
             **what_the_model_knows(z, next_z, mean, std, batch),
-            "spi/utility_mean": masked_mean(utility, batch.mask),
             "spi/penalty_mean": masked_mean(penalty, batch.mask),
         }
 
@@ -386,7 +385,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: torch.Gene
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss + additive_loss
 
-    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action; 1 in dummies
     outside = (ratios > 1 + args.clip_coef) | (ratios < 1 - args.clip_coef)  # of N^C with C = 1 + ε
     stats = {
         "losses/policy_loss": policy_loss,
@@ -421,19 +420,19 @@ def train(args: Args) -> None:
         for name, part in learned.items():
             part.load_state_dict(run.state[name])
 
-    # Frames and policies live on the device; the rest, like the games, on the CPU.
+    # Frames, policies and values live on the device; the rest, like the games, on the CPU.
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     log_probs = torch.zeros((T, N, games.num_actions), device=device)
     values = torch.zeros((T + 1, N), device=device)
     actions = torch.zeros((T, N), dtype=torch.int64)
     rewards = torch.zeros((T, N))
-    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t] has value 0; ends an episode
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t]: its value is 0; it ends an episode
     obs[T] = games.reset()
 
     for iteration in range(run.iterations, num_iterations):
         # ---- Rollout
         optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
-        obs[0], is_last[0] = obs[T], is_last[T]
+        obs[0], is_last[0] = obs[T], is_last[T]  # is_terminal[0] is never read
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
@@ -448,7 +447,7 @@ def train(args: Args) -> None:
             values[T] = agent.policy_and_value(agent.encode(obs[T]))[1]
         advantages, returns = compute_gae(rewards, values.cpu(), is_terminal, is_last, args.gamma, args.gae_lambda)
         mask = (~is_last[:T]).float()
-        of_steps = [x.to(device) for x in (actions, rewards, log_probs, advantages, returns, mask)]
+        of_steps = [x.to(device) for x in (actions, rewards, log_probs, advantages, returns, mask)]  # as in Transitions
 
         # ---- Update
         noise = None
@@ -459,7 +458,7 @@ def train(args: Args) -> None:
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
                 # Chunk c is L steps of environment c % N, from step c // N * L on, and the observation after them.
                 t = chunks[:, None] // N * L + torch.arange(L + run_world_model)
-                rows = t * N + chunks[:, None] % N  # (B, L + 1), of the (T + 1) N observations
+                rows = t * N + chunks[:, None] % N  # (M/L, L + 1), of the (T + 1) N observations
                 if not mask.flatten()[rows[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
                 steps, rows = rows[:, :L].flatten().to(device), rows.to(device)
@@ -473,7 +472,7 @@ def train(args: Args) -> None:
                 optimizer.step()
                 epoch_stats.append(stats)
 
-        # ---- Logging, of the last epoch
+        # ---- Logging: losses of the last epoch
         table = {name: torch.stack([row[name] for row in epoch_stats]) for name in stats}
         ratios = table.pop("spi/ratios", torch.ones(1)).cpu()
         metrics = {name: column.mean().item() for name, column in table.items()}
@@ -502,8 +501,8 @@ class Run:
         """Open the folder, new or of a run to go on with. Raises SystemExit: 2 if it cannot be, 0 if all is done."""
         script, self.args, self.signal = Path(__file__).resolve(), args, None
         self.rollout = args.num_envs * args.num_steps  # global steps of an iteration
-        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # freed memory stays for the next tensors: the system
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # keep freed memory: the system would have to zero it anew
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed

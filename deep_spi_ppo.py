@@ -15,7 +15,7 @@ stand inside PPO's clipped objective, where the advantage stood alone. That is t
     J         = E[ min( r U, clip(r, 1 ± ε) U ) ],       r = π_new(a|s) / π_old(a|s)
 
     φ  encoder            R̄  reward_model        ℓ_R  reward_loss        α_R  reward_loss_coef
-    z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
+    z' next_z             P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
     U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
 
 The clip stops the pull of the advantage at the edge of the neighbourhood. The losses go on pulling φ, reweighted by r
@@ -89,12 +89,12 @@ class Args:
     # ---- Deep SPI
     reward_loss_coef: float = 0.01  # α_R, weight of the reward loss, in standard deviations of A
     transition_loss_coef: float = 0.0005  # α_P, weight of the transition loss, which is a sum over the latent
-    loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside it; in U where r is unclipped
+    loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside J; in U where no clip is active
 
     def __post_init__(self):
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
-        for name in (field.name for field in fields(self) if field.type in (int, float)):
-            least = 0 if name == "seed" or type(getattr(self, name)) is float else 1
+        for name, kind in ((field.name, field.type) for field in fields(self) if field.type in (int, float)):
+            least = 0 if name == "seed" or kind is float else 1
             self.check(name, least <= getattr(self, name) < np.inf, f"must be finite and at least {least}")
         for name in ("sticky", "gamma", "gae_lambda"):
             self.check(name, getattr(self, name) <= 1, "must lie in [0, 1]")
@@ -107,7 +107,7 @@ class Args:
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its own folder has that name, and none
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its log folder wandb/ has none
         self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         known = envpool.list_all_envs()
         closest = ", ".join(difflib.get_close_matches(self.env_id, known, cutoff=0.3))
@@ -218,9 +218,9 @@ class RewardScaler(nn.Module):
 # B rows, O inputs, A actions, D numbers in the latent z = φ(s): with this encoder 32.
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights of gain `std`, zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of this gain, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -233,11 +233,11 @@ def group_sort(x: Tensor) -> Tensor:
 
 
 class SpectralLayer(nn.Module):
-    """Weight (out, in) or (out, in/groups, kh, kw) and bias (out,); normalised, each group's matrix has σ = 1.
+    """Weight (out, in) or (out, in/groups, kh, kw), bias (out,); in use each of the G groups' matrix W is divided by σ.
 
-    σ is the largest singular value. The theorems want Lipschitz R̄ and P̄: so a linear layer is 1-Lipschitz. For a
-    convolution σ is that of the matrix (out, in·kh·kw): with 2x2 kernels the map may stretch by up to 2. ‖Wᵀu‖, with u
-    held fixed, has σ's gradient. u is exact at the start, and follows W by subspace iteration.
+    σ is W's largest singular value, u its left singular vector. The theorems want Lipschitz R̄ and P̄: so a linear layer
+    is 1-Lipschitz. A convolution's W is (m, n) = (out/G, in/G·kh·kw): with 2x2 kernels the map may stretch by up to 2.
+    ‖Wᵀu‖, with u held fixed, has σ's gradient. u is exact at the start, and follows W by subspace iteration.
     """
 
     def __init__(self, *shape: int, groups: int = 1):
@@ -258,11 +258,11 @@ class SpectralLayer(nn.Module):
         """A step of subspace iteration: u alone would be left behind where another singular value overtakes."""
         W = self.matrices()
         self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
-        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power, as an eigensolver makes CUDA wait
+        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power is c·vvᵀ; eigensolvers make CUDA wait
         for _ in range(12):
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
-        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # a column surely not orthogonal to u
+        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # of v's largest entry
         self.u.copy_(F.normalize(self.top @ power.take_along_dim(largest, dim=2), dim=1))
 
     def normalized_weight(self) -> Tensor:
@@ -294,7 +294,7 @@ class TransitionModel(nn.Module):
 
     Its sample averages over the components as published (a mixture's own would draw one of them):
 
-        z̄' = Σ_k w_k (loc_k + scale_k ε_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    ε ~ N(0, 1), to ±1
+        z̄' = Σ_k w_k (loc_k + scale_k n_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    n ~ N(0, 1), cut to ±1
 
     This is the plain form: outputs for every action, then those of the action taken.
     """
@@ -308,7 +308,7 @@ class TransitionModel(nn.Module):
         self.mixture = SpectralLayer(self.K * num_actions, 64)
 
     def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """A sample z̄' (B, D) of P̄(·|z, a), for z (B, D), actions (B,) and noise ε (B, D, K)."""
+        """A sample z̄' (B, D) of P̄(·|z, a), for z (B, D), actions (B,) and noise n (B, D, K)."""
         hidden = group_sort(F.linear(z, self.hidden.normalized_weight(), self.hidden.bias))  # (B, 64)
         # Outputs are ordered (D, K, [x, y], A), and (K, A).
         outputs = F.linear(hidden, self.components.normalized_weight(), self.components.bias).float()
@@ -333,8 +333,8 @@ class Agent(nn.Module):
             nn.Tanh(),
         )
         self.fc = layer_init(nn.Linear(latent_size, 64))
-        self.actor = layer_init(nn.Linear(64, num_actions), std=0.01)
-        self.critic = layer_init(nn.Linear(64, 1), std=1.0)
+        self.actor = layer_init(nn.Linear(64, num_actions), gain=0.01)
+        self.critic = layer_init(nn.Linear(64, 1), gain=1.0)
         with torch.random.fork_rng(devices=()):  # so that all else is drawn as in PPO, to the last bit
             self.reward_model = RewardModel(latent_size, num_actions)
             self.transition_model = TransitionModel(latent_size, num_actions)
@@ -350,14 +350,14 @@ class Agent(nn.Module):
 
 
 # ==== 4. Equations ====================================================================================================
-# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, r, s'). Where s is already the
+# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, s'). Where s is already the
 # last of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch: B chunks of L steps, row after row."""
+    """The M transitions of a minibatch: M/L chunks of L steps, row after row."""
 
-    obs: Tensor  # (B, L + 1, O) the observations s, and the last s'; without a world model (B, L, O)
+    obs: Tensor  # (M/L, L + 1, O) the observations s, and the last s'; without a world model (M/L, L, O)
     actions: Tensor  # (M,) int64
     rewards: Tensor  # (M,) scaled
     old_log_probs: Tensor  # (M, A) ln π_old of every action
@@ -395,7 +395,7 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
-    """ℓ_R(s,a) = |r - R̄(φ(s),a)|, as smooth-L1 (published), per transition: (M,)."""
+    """ℓ_R(s,a) = |R(s,a) - R̄(φ(s),a)|, as smooth-L1 (published), per transition: (M,)."""
     return F.smooth_l1_loss(predicted_rewards, rewards, reduction="none")
 
 
@@ -421,9 +421,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def latents(agent: Agent, batch: Transitions) -> tuple[Tensor, Tensor]:
-    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each observation of a chunk is encoded once."""
-    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (B, L + 1, ...)
-    length = len(batch.actions) // len(z)
+    """z = φ(s) and, with a world model, z' = φ(s') of the M transitions; not detached. Nothing is encoded twice."""
+    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (M/L, L + 1, ...)
+    length = len(batch.actions) // len(z)  # L
     return z[:, :length].flatten(0, 1), z[:, 1:].flatten(0, 1)
 
 
@@ -450,7 +450,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # before the losses are subtracted, which are not
+    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses below are not normalised
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
@@ -465,7 +465,6 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
         world_model_stats = {
             "world_model/reward_loss": masked_mean(l_r, batch.mask),
             "world_model/transition_loss": masked_mean(l_p, batch.mask),
-            "spi/utility_mean": masked_mean(utility, batch.mask),
             "spi/penalty_mean": masked_mean(penalty, batch.mask),
         }
 
@@ -474,7 +473,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss + additive_loss
 
-    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action; 1 in dummies
     outside = (ratios > 1 + args.clip_coef) | (ratios < 1 - args.clip_coef)  # of N^C with C = 1 + ε
     stats = {
         "losses/policy_loss": policy_loss,
@@ -512,19 +511,19 @@ def train(args: Args) -> None:
         for name, part in learned.items():
             part.load_state_dict(run.state[name])
 
-    # Observations and policies live on the device; the rest, like the games, on the CPU.
+    # Observations, policies and values live on the device; the rest, like the games, on the CPU.
     obs = torch.zeros((T + 1, N, games.num_inputs), device=device)
     log_probs = torch.zeros((T, N, games.num_actions), device=device)
     values = torch.zeros((T + 1, N), device=device)
     actions = torch.zeros((T, N), dtype=torch.int64)
     rewards = torch.zeros((T, N))
-    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t] has value 0; ends an episode
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t]: its value is 0; it ends an episode
     obs[T] = games.reset()
 
     for iteration in range(run.iterations, num_iterations):
         # ---- Rollout
         optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
-        obs[0], is_last[0] = obs[T], is_last[T]
+        obs[0], is_last[0] = obs[T], is_last[T]  # is_terminal[0] is never read
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
@@ -540,7 +539,7 @@ def train(args: Args) -> None:
         scaled = reward_scaler.scale(rewards, is_last)
         advantages, returns = compute_gae(scaled, values.cpu(), is_terminal, is_last, args.gamma, args.gae_lambda)
         mask = (~is_last[:T]).float()
-        of_steps = [x.to(device) for x in (actions, scaled, log_probs, advantages, returns, mask)]
+        of_steps = [x.to(device) for x in (actions, scaled, log_probs, advantages, returns, mask)]  # as in Transitions
 
         # ---- Update
         noise = None
@@ -552,7 +551,7 @@ def train(args: Args) -> None:
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
                 # Chunk c is L steps of environment c % N, from step c // N * L on, and the observation after them.
                 t = chunks[:, None] // N * L + torch.arange(L + run_world_model)
-                rows = t * N + chunks[:, None] % N  # (B, L + 1), of the (T + 1) N observations
+                rows = t * N + chunks[:, None] % N  # (M/L, L + 1), of the (T + 1) N observations
                 if not mask.flatten()[rows[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
                 steps, rows = rows[:, :L].flatten().to(device), rows.to(device)
@@ -568,7 +567,7 @@ def train(args: Args) -> None:
                     layer.follow()
                 epoch_stats.append(stats)
 
-        # ---- Logging, of the last epoch
+        # ---- Logging: losses of the last epoch
         table = {name: torch.stack([row[name] for row in epoch_stats]) for name in stats}
         ratios = table.pop("spi/ratios", torch.ones(1)).cpu()
         metrics = {name: column.mean().item() for name, column in table.items()}

@@ -14,13 +14,13 @@ stand inside PPO's clipped objective, where the advantage stood alone. That is t
     J         = E[ min( r U, clip(r, 1 ± ε) U ) ],       r = π_new(a|s) / π_old(a|s)
 
     φ  encoder            R̄  reward_model        ℓ_R  reward_loss        α_R  reward_loss_coef
-    z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
+    z' next_z             P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
     U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε
 
 The clip stops the pull of the advantage at the edge of the neighbourhood. The losses go on pulling φ, reweighted by r
 or by 1 ± ε; and what the model cannot predict has less utility. Diff me against `ppo_baseline.py`, the same agent
 without the world model: the diff is the algorithm. With both coefficients 0 it trains that baseline's weights, to the
-last bit on a CPU in float32. `deep_spi_ppo.py` is for vectors. Cost: 10 M steps in 5 hours; see docs/speed.md.
+last bit on a CPU in float32. Cost: 10 M steps take 4 to 5 hours on two CPU cores with bf16 units; see docs/speed.md.
 """
 
 import ctypes
@@ -53,8 +53,8 @@ from tqdm import tqdm
 # ==== 1. Arguments ====================================================================================================
 
 MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
-UNITS = torch.cpu.get_capabilities()
-HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # old GPUs emulate it
+CPU = torch.cpu.get_capabilities()
+HAS_BF16 = torch.cuda.is_available() or CPU.get("amx_bf16") or CPU.get("avx512_bf16")  # old GPUs emulate it
 ATARI = [name for name, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
 
 
@@ -74,7 +74,7 @@ class Args:
     num_envs: int = 128  # N, parallel environments: many, for the state coverage that the world model needs
     num_steps: int = 8  # T, steps of each environment per iteration
     repeat_action_probability: float = 0.3  # sticky actions: probability that the last action is repeated instead
-    noop_max: int = 60  # a game starts with a random number of no-ops, from 1 to this many
+    noop_max: int = 60  # a game, and each life, starts with 1 to this many no-ops, the last FIRE where games have it
 
     # ---- PPO
     learning_rate: float = 2.5e-4  # Adam's step size, annealed linearly to 0
@@ -91,26 +91,26 @@ class Args:
     # ---- Deep SPI
     reward_loss_coef: float = 0.01  # α_R, weight of the reward loss, in standard deviations of A
     transition_loss_coef: float = 0.0005  # α_P, weight of the transition loss, which is a sum over the latent
-    loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside it; in U where r is unclipped
+    loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside J; in U where no clip is active
 
     def __post_init__(self):
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
-        for name in (field.name for field in fields(self) if field.type in (int, float)):
-            least = 0 if name == "seed" or type(getattr(self, name)) is float else 1
+        for name, kind in ((field.name, field.type) for field in fields(self) if field.type in (int, float)):
+            least = 0 if name == "seed" or kind is float else 1
             self.check(name, least <= getattr(self, name) < np.inf, f"must be finite and at least {least}")
         for name in ("repeat_action_probability", "gamma", "gae_lambda"):
             self.check(name, getattr(self, name) <= 1, "must lie in [0, 1]")
         for name in ("learning_rate", "max_grad_norm"):
             self.check(name, getattr(self, name) > 0, "must be positive")
         self.check("seed", self.seed < 2**63, "must be below 2^63")
-        self.check("noop_max", self.noop_max <= 10_000, "must be at most 10,000: every start plays so many frames")
+        self.check("noop_max", self.noop_max <= 10_000, "must be at most 10,000: a start plays up to so many frames")
         self.check("clip_coef", 0 < self.clip_coef < 1, "must lie in (0, 1), so that 1 < C < 2")
         rollout, chunks = self.num_envs * self.num_steps, self.num_envs * self.num_steps // self.chunk_length
         self.check("total_timesteps", self.total_timesteps >= rollout, f"must be at least one rollout, {rollout}")
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its own folder has that name, and none
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its log folder wandb/ has none
         self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
@@ -158,9 +158,9 @@ class Games:
         game, its return unclipped; it lacks what was scored in the no-ops after a lost life: docs/environments.md.
         """
         frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
-        # A reset after a lost life plays no-ops. If the game ends in them, only the next game's higher lives tell.
+        # The reset after a lost life plays no-ops. If they end the game no flag says so, but lives rise to the next's.
         untold = self.life_lost & (info["lives"] > self.lives)
-        over = terminated & info["terminated"].astype(bool) | truncated  # if the last no-op ends it, info says so twice
+        over = (terminated & info["terminated"].astype(bool)) | truncated  # info's is of the game, and may come twice
         self.returns += info["reward"]
         self.lengths += ~self.is_last
         self.is_last, self.lives, self.life_lost = terminated | truncated, info["lives"], terminated & ~over
@@ -174,9 +174,9 @@ class Games:
 # B rows, A actions. The latent z = φ(s) is (B, height, width, channels): with this encoder (B, 7, 7, 64).
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights of gain `std`, zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of this gain, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -189,11 +189,11 @@ def group_sort(x: Tensor) -> Tensor:
 
 
 class SpectralLayer(nn.Module):
-    """Weight (out, in) or (out, in/groups, kh, kw) and bias (out,); normalised, each group's matrix has σ = 1.
+    """Weight (out, in) or (out, in/groups, kh, kw), bias (out,); in use each of the G groups' matrix W is divided by σ.
 
-    σ is the largest singular value. The theorems want Lipschitz R̄ and P̄: so a linear layer is 1-Lipschitz. For a
-    convolution σ is that of the matrix (out, in·kh·kw): with 2x2 kernels the map may stretch by up to 2. ‖Wᵀu‖, with u
-    held fixed, has σ's gradient. u is exact at the start, and follows W by subspace iteration.
+    σ is W's largest singular value, u its left singular vector. The theorems want Lipschitz R̄ and P̄: so a linear layer
+    is 1-Lipschitz. A convolution's W is (m, n) = (out/G, in/G·kh·kw): with 2x2 kernels the map may stretch by up to 2.
+    ‖Wᵀu‖, with u held fixed, has σ's gradient. u is exact at the start, and follows W by subspace iteration.
     """
 
     def __init__(self, *shape: int, groups: int = 1):
@@ -214,11 +214,11 @@ class SpectralLayer(nn.Module):
         """A step of subspace iteration: u alone would be left behind where another singular value overtakes."""
         W = self.matrices()
         self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
-        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power, as an eigensolver makes CUDA wait
+        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power is c·vvᵀ; eigensolvers make CUDA wait
         for _ in range(12):
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
-        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # a column surely not orthogonal to u
+        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # of v's largest entry
         self.u.copy_(F.normalize(self.top @ power.take_along_dim(largest, dim=2), dim=1))
 
     def normalized_weight(self) -> Tensor:
@@ -250,7 +250,7 @@ class TransitionModel(nn.Module):
 
     Its sample averages over the components as published (a mixture's own would draw one of them):
 
-        z̄' = Σ_k w_k (loc_k + scale_k ε_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    ε ~ N(0, 1), to ±1
+        z̄' = Σ_k w_k (loc_k + scale_k n_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    n ~ N(0, 1), cut to ±1
 
     x, y: outputs of a 2x2 convolution in G = 16 groups of channels, for every action. Each row's kernels are picked by
     a product with the one-hot action; those of x are mixed at once, as Σ_k w_k x_k is linear in them. So the cost
@@ -270,27 +270,27 @@ class TransitionModel(nn.Module):
         self.register_buffer("to_patches", patches.flatten(1), persistent=False)
 
     def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """A sample z̄' (B, h, w, C) of P̄(·|z, a), for z (B, h, w, C), actions (B,) and noise ε (B, *noise_shape)."""
+        """A sample z̄' (B, h, w, C) of P̄(·|z, a), for z (B, h, w, C), actions (B,) and noise n (B, *noise_shape)."""
         h, w, C = z.shape[1:]
         image = F.pad(z, (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
         hidden = F.conv2d(image, self.hidden.normalized_weight(), self.hidden.bias)  # (B, 2C, h, w)
         hidden = group_sort(hidden.flatten(2).contiguous())  # (B, 2C, h·w)
         mixture = self.mixture.normalized_weight().unflatten(1, (h * w, 2 * C)).mT.flatten(1)  # in hidden's order
         logits = F.linear(hidden.flatten(1), mixture, self.mixture.bias).float().unflatten(1, (self.K, self.A))
-        weights = 0.5 * logits.take_along_dim(actions[:, None, None], dim=2).squeeze(2).softmax(-1)  # ½ w, (B, K)
+        weights = 0.5 * logits.take_along_dim(actions[:, None, None], dim=2).squeeze(2).softmax(-1)  # ½ w_k, (B, K)
 
         taken = F.one_hot(actions, self.A).float()  # (B, A)
-        mixed = (weights[:, :, None] * taken[:, None]).flatten(1)  # (B, K·A)
+        mixed = (weights[:, :, None] * taken[:, None]).flatten(1)  # (B, K·A): ½ w_k at (k, a), else 0
         of_rows = []
         for p in (self.components.normalized_weight(), self.components.bias):  # ordered (G, C/G, K, [x, y], A)
-            x, y = p.view(self.G, C // self.G, self.K, 2, self.A, -1).unbind(3)
-            x = mixed @ x.permute(2, 3, 0, 1, 4).flatten(2).flatten(0, 1)
-            y = taken @ y.permute(3, 0, 2, 1, 4).flatten(1)
-            of_rows.append(torch.cat([q.view(len(z) * self.G, -1, p[0].numel()) for q in (x, y)], dim=1))
+            of_x, of_y = p.view(self.G, C // self.G, self.K, 2, self.A, -1).unbind(3)
+            of_x = mixed @ of_x.permute(2, 3, 0, 1, 4).flatten(2).flatten(0, 1)  # of Σ_k ½ w_k x_k
+            of_y = taken @ of_y.permute(3, 0, 2, 1, 4).flatten(1)
+            of_rows.append(torch.cat([q.view(len(z) * self.G, -1, p[0].numel()) for q in (of_x, of_y)], dim=1))
         kernels, biases = of_rows  # (B·G, (1 + K) C/G, 4 · 2C/G), and 1 in place of the last
         patches = (hidden @ self.to_patches).view(len(kernels), -1, h * w)
         outputs = torch.baddbmm(biases, kernels, patches).view(len(z), self.G, 1 + self.K, -1)
-        loc, y = outputs.split((1, self.K), dim=2)
+        loc, y = outputs.split((1, self.K), dim=2)  # Σ_k w_k loc_k, (B, G, 1, C/G · h·w); y
         spread = F.softplus(y) * noise  # (B, G, K, C/G · h·w)
         return (loc + weights.to(y.dtype)[:, None, None] @ spread).view(-1, C, h * w).mT.reshape(z.shape)
 
@@ -311,8 +311,8 @@ class Agent(nn.Module):
         with torch.no_grad():
             latent_shape = self.encode(torch.zeros(1, 84, 84, 4, dtype=torch.uint8)).shape[1:]
         self.fc = layer_init(nn.Linear(latent_shape.numel(), 512))
-        self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
-        self.critic = layer_init(nn.Linear(512, 1), std=1.0)
+        self.actor = layer_init(nn.Linear(512, num_actions), gain=0.01)
+        self.critic = layer_init(nn.Linear(512, 1), gain=1.0)
         with torch.random.fork_rng(devices=()):  # so that all else is drawn as in the baseline, to the last bit
             self.reward_model = RewardModel(latent_shape.numel(), num_actions)
             self.transition_model = TransitionModel(latent_shape, num_actions)
@@ -321,7 +321,7 @@ class Agent(nn.Module):
         """z = φ(s), (B, height, width, channels), of frames (B, 84, 84, 4) uint8."""
         first, bf16 = self.encoder[0], torch.is_autocast_enabled(obs.device.type)
         frames = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32)
-        x = first._conv_forward(frames, first.weight / 255, first.bias)  # = of pixels / 255: weights are fewer
+        x = first._conv_forward(frames, first.weight / 255, first.bias)  # as of frames / 255, but weights are fewer
         return self.encoder[1:](x).permute(0, 2, 3, 1)
 
     def policy_and_value(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,14 +331,14 @@ class Agent(nn.Module):
 
 
 # ==== 4. Equations ====================================================================================================
-# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, r, s'). Where s is already the
+# T steps, N environments, M rows of a minibatch, A actions. A row is a transition (s, a, s'). Where s is already the
 # last of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch: B chunks of L steps, row after row."""
+    """The M transitions of a minibatch: M/L chunks of L steps, row after row."""
 
-    obs: Tensor  # (B, L + 1, 84, 84, 4) the frames s, and the last s'; without a world model (B, L, ...)
+    obs: Tensor  # (M/L, L + 1, 84, 84, 4) the frames s, and the last s'; without a world model (M/L, L, ...)
     actions: Tensor  # (M,) int64
     rewards: Tensor  # (M,) clipped
     old_log_probs: Tensor  # (M, A) ln π_old of every action
@@ -376,7 +376,7 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
-    """ℓ_R(s,a) = |r - R̄(φ(s),a)|, as smooth-L1 (published), per transition: (M,)."""
+    """ℓ_R(s,a) = |R(s,a) - R̄(φ(s),a)|, as smooth-L1 (published), per transition: (M,)."""
     return F.smooth_l1_loss(predicted_rewards, rewards, reduction="none")
 
 
@@ -402,9 +402,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def latents(agent: Agent, batch: Transitions) -> tuple[Tensor, Tensor]:
-    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each observation of a chunk is encoded once."""
-    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (B, L + 1, ...)
-    length = len(batch.actions) // len(z)
+    """z = φ(s) and, with a world model, z' = φ(s') of the M transitions; not detached. Nothing is encoded twice."""
+    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (M/L, L + 1, ...)
+    length = len(batch.actions) // len(z)  # L
     return z[:, :length].flatten(0, 1), z[:, 1:].flatten(0, 1)
 
 
@@ -431,7 +431,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # before the losses are subtracted, which are not
+    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses below are not normalised
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
@@ -446,7 +446,6 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
         world_model_stats = {
             "world_model/reward_loss": masked_mean(l_r, batch.mask),
             "world_model/transition_loss": masked_mean(l_p, batch.mask),
-            "spi/utility_mean": masked_mean(utility, batch.mask),
             "spi/penalty_mean": masked_mean(penalty, batch.mask),
         }
 
@@ -455,7 +454,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss + additive_loss
 
-    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action; 1 in dummies
     outside = (ratios > 1 + args.clip_coef) | (ratios < 1 - args.clip_coef)  # of N^C with C = 1 + ε
     stats = {
         "losses/policy_loss": policy_loss,
@@ -491,19 +490,19 @@ def train(args: Args) -> None:
         for name, part in learned.items():
             part.load_state_dict(run.state[name])
 
-    # Frames and policies live on the device; the rest, like the games, on the CPU.
+    # Frames, policies and values live on the device; the rest, like the games, on the CPU.
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     log_probs = torch.zeros((T, N, games.num_actions), device=device)
     values = torch.zeros((T + 1, N), device=device)
     actions = torch.zeros((T, N), dtype=torch.int64)
     rewards = torch.zeros((T, N))
-    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t] has value 0; ends an episode
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t]: its value is 0; it ends an episode
     obs[T] = games.reset()
 
     for iteration in range(run.iterations, num_iterations):
         # ---- Rollout
         optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
-        obs[0], is_last[0] = obs[T], is_last[T]
+        obs[0], is_last[0] = obs[T], is_last[T]  # is_terminal[0] is never read
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
@@ -518,7 +517,7 @@ def train(args: Args) -> None:
             values[T] = agent.policy_and_value(agent.encode(obs[T]))[1]
         advantages, returns = compute_gae(rewards, values.cpu(), is_terminal, is_last, args.gamma, args.gae_lambda)
         mask = (~is_last[:T]).float()
-        of_steps = [x.to(device) for x in (actions, rewards, log_probs, advantages, returns, mask)]
+        of_steps = [x.to(device) for x in (actions, rewards, log_probs, advantages, returns, mask)]  # as in Transitions
 
         # ---- Update
         noise = None
@@ -530,7 +529,7 @@ def train(args: Args) -> None:
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
                 # Chunk c is L steps of environment c % N, from step c // N * L on, and the observation after them.
                 t = chunks[:, None] // N * L + torch.arange(L + run_world_model)
-                rows = t * N + chunks[:, None] % N  # (B, L + 1), of the (T + 1) N observations
+                rows = t * N + chunks[:, None] % N  # (M/L, L + 1), of the (T + 1) N observations
                 if not mask.flatten()[rows[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
                 steps, rows = rows[:, :L].flatten().to(device), rows.to(device)
@@ -546,7 +545,7 @@ def train(args: Args) -> None:
                     layer.follow()
                 epoch_stats.append(stats)
 
-        # ---- Logging, of the last epoch
+        # ---- Logging: losses of the last epoch
         table = {name: torch.stack([row[name] for row in epoch_stats]) for name in stats}
         ratios = table.pop("spi/ratios", torch.ones(1)).cpu()
         metrics = {name: column.mean().item() for name, column in table.items()}
@@ -578,8 +577,8 @@ class Run:
         """Open the folder, new or of a run to go on with. Raises SystemExit: 2 if it cannot be, 0 if all is done."""
         script, self.args, self.signal = Path(__file__).resolve(), args, None
         self.rollout = args.num_envs * args.num_steps  # global steps of an iteration
-        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # freed memory stays for the next tensors: the system
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # keep freed memory: the system would have to zero it anew
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed

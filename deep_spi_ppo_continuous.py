@@ -15,7 +15,7 @@ stand inside PPO's clipped objective, where the advantage stood alone. That is t
     J         = E[ min( r U, clip(r, 1 ± ε) U ) ],       r = π_new(a|s) / π_old(a|s), of densities
 
     φ  encoder            R̄  reward_model        ℓ_R  reward_loss        α_R  reward_loss_coef
-    z  z, next_z          P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
+    z' next_z             P̄  transition_model    ℓ_P  transition_loss    α_P  transition_loss_coef
     U  utility            N^C neighbourhood: 2 - C <= π'(a|s)/π(a|s) <= C, here with C = 1 + ε; see share_outside
 
 The clip stops the pull of the advantage at the edge of the neighbourhood. The losses go on pulling φ, reweighted by r
@@ -90,12 +90,12 @@ class Args:
     # ---- Deep SPI
     reward_loss_coef: float = 0.01  # α_R, weight of the reward loss, in standard deviations of A
     transition_loss_coef: float = 0.0005  # α_P, weight of the transition loss, which is a sum over the latent
-    loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside it; in U where r is unclipped
+    loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside J; in U where no clip is active
 
     def __post_init__(self):
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
-        for name in (field.name for field in fields(self) if field.type in (int, float)):
-            least = 0 if name == "seed" or type(getattr(self, name)) is float else 1
+        for name, kind in ((field.name, field.type) for field in fields(self) if field.type in (int, float)):
+            least = 0 if name == "seed" or kind is float else 1
             self.check(name, least <= getattr(self, name) < np.inf, f"must be finite and at least {least}")
         for name in ("gamma", "gae_lambda"):
             self.check(name, getattr(self, name) <= 1, "must lie in [0, 1]")
@@ -211,9 +211,9 @@ class RewardScaler(nn.Module):
 # B rows, O inputs, A numbers in an action, D in the latent z = φ(s): with this encoder 64.
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights of gain `std`, zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of this gain, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -226,11 +226,11 @@ def group_sort(x: Tensor) -> Tensor:
 
 
 class SpectralLayer(nn.Module):
-    """Weight (out, in) or (out, in/groups, kh, kw) and bias (out,); normalised, each group's matrix has σ = 1.
+    """Weight (out, in) or (out, in/groups, kh, kw), bias (out,); in use each of the G groups' matrix W is divided by σ.
 
-    σ is the largest singular value. The theorems want Lipschitz R̄ and P̄: so a linear layer is 1-Lipschitz. For a
-    convolution σ is that of the matrix (out, in·kh·kw): with 2x2 kernels the map may stretch by up to 2. ‖Wᵀu‖, with u
-    held fixed, has σ's gradient. u is exact at the start, and follows W by subspace iteration.
+    σ is W's largest singular value, u its left singular vector. The theorems want Lipschitz R̄ and P̄: so a linear layer
+    is 1-Lipschitz. A convolution's W is (m, n) = (out/G, in/G·kh·kw): with 2x2 kernels the map may stretch by up to 2.
+    ‖Wᵀu‖, with u held fixed, has σ's gradient. u is exact at the start, and follows W by subspace iteration.
     """
 
     def __init__(self, *shape: int, groups: int = 1):
@@ -251,11 +251,11 @@ class SpectralLayer(nn.Module):
         """A step of subspace iteration: u alone would be left behind where another singular value overtakes."""
         W = self.matrices()
         self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
-        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power, as an eigensolver makes CUDA wait
+        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power is c·vvᵀ; eigensolvers make CUDA wait
         for _ in range(12):
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
-        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # a column surely not orthogonal to u
+        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # of v's largest entry
         self.u.copy_(F.normalize(self.top @ power.take_along_dim(largest, dim=2), dim=1))
 
     def normalized_weight(self) -> Tensor:
@@ -288,7 +288,7 @@ class TransitionModel(nn.Module):
 
     Its sample averages over the components as published (a mixture's own would draw one of them):
 
-        z̄' = Σ_k w_k (loc_k + scale_k ε_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    ε ~ N(0, 1), to ±1
+        z̄' = Σ_k w_k (loc_k + scale_k n_k),    loc_k = ½ x_k,    scale_k = ½ softplus(y_k),    n ~ N(0, 1), cut to ±1
 
     x, y, w: of z and of the action as it is executed, clipped to the box.
     """
@@ -303,7 +303,7 @@ class TransitionModel(nn.Module):
         self.mixture = SpectralLayer(self.K, 64)
 
     def forward(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """A sample z̄' (B, D) of P̄(·|z, a), for z (B, D), actions (B, A) and noise ε (B, D, K)."""
+        """A sample z̄' (B, D) of P̄(·|z, a), for z (B, D), actions (B, A) and noise n (B, D, K)."""
         x = torch.cat((z, actions.clamp(*self.box)), dim=1)
         hidden = group_sort(F.linear(x, self.hidden.normalized_weight(), self.hidden.bias))  # (B, 64)
         outputs = F.linear(hidden, self.components.normalized_weight(), self.components.bias).float()
@@ -354,14 +354,14 @@ class Agent(nn.Module):
             layer_init(nn.Linear(64, latent_size)),
             nn.Tanh(),
         )
-        self.actor = layer_init(nn.Linear(latent_size, action_size), std=0.01)
+        self.actor = layer_init(nn.Linear(latent_size, action_size), gain=0.01)
         self.log_std = nn.Parameter(torch.zeros(action_size))
         self.critic = nn.Sequential(  # with layers of its own, as CleanRL and SB3 have it: φ is the policy's alone
             layer_init(nn.Linear(num_inputs, 64)),
             nn.Tanh(),
             layer_init(nn.Linear(64, 64)),
             nn.Tanh(),
-            layer_init(nn.Linear(64, 1), std=1.0),
+            layer_init(nn.Linear(64, 1), gain=1.0),
         )
         with torch.random.fork_rng(devices=()):  # so that all else is drawn as in PPO, to the last bit
             self.reward_model = RewardModel(latent_size, box)
@@ -381,14 +381,14 @@ class Agent(nn.Module):
 
 
 # ==== 4. Equations ====================================================================================================
-# T steps, N environments, M rows of a minibatch, A numbers an action. A row is a transition (s, a, r, s'). Where s is
+# T steps, N environments, M rows of a minibatch, A numbers an action. A row is a transition (s, a, s'). Where s is
 # already the last of an episode the row is an auto-reset dummy, not a transition: its mask is 0 and it counts nowhere.
 
 
 class Transitions(NamedTuple):
-    """The M transitions of a minibatch: B chunks of L steps, row after row."""
+    """The M transitions of a minibatch: M/L chunks of L steps, row after row."""
 
-    obs: Tensor  # (B, L + 1, O) the observations s, and the last s'; without a world model (B, L, O)
+    obs: Tensor  # (M/L, L + 1, O) the observations s, and the last s'; without a world model (M/L, L, O)
     actions: Tensor  # (M, A) as drawn, before they are clipped to the box
     rewards: Tensor  # (M,) scaled
     old_log_probs: Tensor  # (M,) ln π_old of the action's density
@@ -426,7 +426,7 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
-    """ℓ_R(s,a) = |r - R̄(φ(s),a)|, as smooth-L1 (published), per transition: (M,)."""
+    """ℓ_R(s,a) = |R(s,a) - R̄(φ(s),a)|, as smooth-L1 (published), per transition: (M,)."""
     return F.smooth_l1_loss(predicted_rewards, rewards, reduction="none")
 
 
@@ -475,9 +475,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def latents(agent: Agent, batch: Transitions) -> tuple[Tensor, Tensor]:
-    """z = φ(s) and z' = φ(s') of the M transitions, neither detached. Each observation of a chunk is encoded once."""
-    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (B, L + 1, ...)
-    length = len(batch.actions) // len(z)
+    """z = φ(s) and, with a world model, z' = φ(s') of the M transitions; not detached. Nothing is encoded twice."""
+    z = agent.encode(batch.obs.flatten(0, 1)).unflatten(0, batch.obs.shape[:2])  # (M/L, L + 1, ...)
+    length = len(batch.actions) // len(z)  # L
     return z[:, :length].flatten(0, 1), z[:, 1:].flatten(0, 1)
 
 
@@ -504,7 +504,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
     log_ratio = log_density(batch.actions, mean, log_std) - batch.old_log_probs  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # before the losses are subtracted, which are not
+    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses below are not normalised
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
@@ -519,7 +519,6 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
         world_model_stats = {
             "world_model/reward_loss": masked_mean(l_r, batch.mask),
             "world_model/transition_loss": masked_mean(l_p, batch.mask),
-            "spi/utility_mean": masked_mean(utility, batch.mask),
             "spi/penalty_mean": masked_mean(penalty, batch.mask),
         }
 
@@ -569,13 +568,13 @@ def train(args: Args) -> None:
     log_probs = torch.zeros((T, N), device=device)
     values = torch.zeros((T + 1, N), device=device)
     rewards = torch.zeros((T, N))
-    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t] has value 0; ends an episode
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t]: its value is 0; it ends an episode
     obs[T] = games.reset()
 
     for iteration in range(run.iterations, num_iterations):
         # ---- Rollout
         optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
-        obs[0], is_last[0] = obs[T], is_last[T]
+        obs[0], is_last[0] = obs[T], is_last[T]  # is_terminal[0] is never read
         for t in range(T):
             with torch.no_grad(), autocast:
                 (means[t], log_std), values[t] = agent.policy(agent.encode(obs[t])), agent.value(obs[t])
@@ -592,7 +591,7 @@ def train(args: Args) -> None:
         scaled = reward_scaler.scale(rewards, is_last)
         advantages, returns = compute_gae(scaled, values.cpu(), is_terminal, is_last, args.gamma, args.gae_lambda)
         mask = (~is_last[:T]).float()
-        of_steps = [x.to(device) for x in (actions, scaled, log_probs, advantages, returns, mask)]
+        of_steps = [x.to(device) for x in (actions, scaled, log_probs, advantages, returns, mask)]  # as in Transitions
 
         # ---- Update
         old = means, log_std.detach().clone()  # the policy that played
@@ -605,7 +604,7 @@ def train(args: Args) -> None:
             for chunks in torch.randperm(N * T // L).chunk(args.num_minibatches):
                 # Chunk c is L steps of environment c % N, from step c // N * L on, and the observation after them.
                 t = chunks[:, None] // N * L + torch.arange(L + run_world_model)
-                rows = t * N + chunks[:, None] % N  # (B, L + 1), of the (T + 1) N observations
+                rows = t * N + chunks[:, None] % N  # (M/L, L + 1), of the (T + 1) N observations
                 if not mask.flatten()[rows[:, :L]].any():
                     continue  # dummies alone: nothing to learn from
                 steps, rows = rows[:, :L].flatten().to(device), rows.to(device)
@@ -621,7 +620,7 @@ def train(args: Args) -> None:
                     layer.follow()
                 epoch_stats.append(stats)
 
-        # ---- Logging, of the last epoch
+        # ---- Logging: losses of the last epoch
         table = {name: torch.stack([row[name] for row in epoch_stats]) for name in stats}
         ratios = table.pop("spi/ratios", torch.ones(1)).cpu()
         metrics = {name: column.mean().item() for name, column in table.items()}

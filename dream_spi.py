@@ -94,8 +94,8 @@ class Args:
 
     def __post_init__(self):
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
-        for name in (field.name for field in fields(self) if field.type in (int, float)):
-            least = 0 if name in ("seed", "imagination_starts") or type(getattr(self, name)) is float else 1
+        for name, kind in ((field.name, field.type) for field in fields(self) if field.type in (int, float)):
+            least = 0 if name in ("seed", "imagination_starts") or kind is float else 1
             self.check(name, least <= getattr(self, name) < np.inf, f"must be finite and at least {least}")
         for name in ("sticky", "gamma", "gae_lambda"):
             self.check(name, getattr(self, name) <= 1, "must lie in [0, 1]")
@@ -111,7 +111,7 @@ class Args:
         whole = self.imagination_starts <= rollout and self.imagination_starts % self.num_minibatches == 0
         self.check("imagination_starts", whole, f"must be at most {rollout}, a multiple of {self.num_minibatches}")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its own folder has that name, and none
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its log folder wandb/ has none
         self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         known = envpool.list_all_envs()
         closest = ", ".join(difflib.get_close_matches(self.env_id, known, cutoff=0.3))
@@ -225,9 +225,9 @@ NUM_VARIABLES, NUM_CLASSES = 8, 8
 MODEL, BEHAVIOUR = ("encoder", "world_model"), ("actor", "critic")  # parts of the agent: what real data trains, and not
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights of gain `std`, zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of this gain, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -408,7 +408,7 @@ def compute_loss(
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
-    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action; 1 in dummies
     outside = (ratios > 1 + clip_coef) | (ratios < 1 - clip_coef)  # of N^C with C = 1 + ε
     stats = {
         "losses/policy_loss": policy_loss,
@@ -540,20 +540,20 @@ def train(args: Args) -> None:
         for name, part in learned.items():
             part.load_state_dict(run.state[name])
 
-    # Observations and policies live on the device; the rest, like the games, on the CPU.
+    # Observations, policies and values live on the device; the rest, like the games, on the CPU.
     obs = torch.zeros((T + 1, N, games.num_inputs), device=device)
     log_probs = torch.zeros((T, N, games.num_actions), device=device)
     values = torch.zeros((T + 1, N), device=device)
     actions = torch.zeros((T, N), dtype=torch.int64)
     rewards = torch.zeros((T, N))
-    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t] has value 0; ends an episode
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t]: its value is 0; it ends an episode
     obs[T] = games.reset()
 
     for iteration in range(run.iterations, num_iterations):
         # ---- Rollout
         for group in optimizer.param_groups:
             group["lr"] = (1 - iteration / num_iterations) * group["first_lr"]
-        obs[0], is_last[0] = obs[T], is_last[T]
+        obs[0], is_last[0] = obs[T], is_last[T]  # is_terminal[0] is never read
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))

@@ -52,8 +52,8 @@ from tqdm import tqdm
 # ==== 1. Arguments ====================================================================================================
 
 MAY_CHANGE = ("run_dir", "checkpoint_interval", "track", "total_timesteps")  # when a run goes on
-UNITS = torch.cpu.get_capabilities()
-HAS_BF16 = torch.cuda.is_available() or UNITS.get("amx_bf16") or UNITS.get("avx512_bf16")  # old GPUs emulate it
+CPU = torch.cpu.get_capabilities()
+HAS_BF16 = torch.cuda.is_available() or CPU.get("amx_bf16") or CPU.get("avx512_bf16")  # old GPUs emulate it
 ATARI = [name for name, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
 
 
@@ -73,7 +73,7 @@ class Args:
     num_envs: int = 128  # N, parallel environments
     num_steps: int = 8  # T, steps of each environment per iteration
     repeat_action_probability: float = 0.3  # sticky actions: probability that the last action is repeated instead
-    noop_max: int = 60  # a game starts with a random number of no-ops, from 1 to this many
+    noop_max: int = 60  # a game, and each life, starts with 1 to this many no-ops, the last FIRE where games have it
 
     # ---- Both updates
     gamma: float = 0.99  # γ, discount factor; the planning theorem's neighbourhood is N^{1/γ}
@@ -100,15 +100,15 @@ class Args:
 
     def __post_init__(self):
         """Refuse what cannot work, in one line. Raises SystemExit(2), as for every usage error."""
-        for name in (field.name for field in fields(self) if field.type in (int, float)):
-            least = 0 if name in ("seed", "imagination_starts") or type(getattr(self, name)) is float else 1
+        for name, kind in ((field.name, field.type) for field in fields(self) if field.type in (int, float)):
+            least = 0 if name in ("seed", "imagination_starts") or kind is float else 1
             self.check(name, least <= getattr(self, name) < np.inf, f"must be finite and at least {least}")
         for name in ("repeat_action_probability", "gamma", "gae_lambda"):
             self.check(name, getattr(self, name) <= 1, "must lie in [0, 1]")
         for name in ("learning_rate", "behaviour_learning_rate", "gamma", "max_grad_norm"):
             self.check(name, getattr(self, name) > 0, "must be positive")
         self.check("seed", self.seed < 2**63, "must be below 2^63")
-        self.check("noop_max", self.noop_max <= 10_000, "must be at most 10,000: every start plays so many frames")
+        self.check("noop_max", self.noop_max <= 10_000, "must be at most 10,000: a start plays up to so many frames")
         for name in ("clip_coef", "imagination_clip_coef"):
             self.check(name, 0 < getattr(self, name) < 1, "must lie in (0, 1), so that 1 < C < 2")
         rollout, chunks = self.num_envs * self.num_steps, self.num_envs * self.num_steps // self.chunk_length
@@ -118,7 +118,7 @@ class Args:
         whole = self.imagination_starts <= rollout and self.imagination_starts % self.num_minibatches == 0
         self.check("imagination_starts", whole, f"must be at most {rollout}, a multiple of {self.num_minibatches}")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its own folder has that name, and none
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its log folder wandb/ has none
         self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         closest = ", ".join(difflib.get_close_matches(self.env_id, ATARI, cutoff=0))
         self.check("env_id", self.env_id in ATARI, f"must be an Atari game of EnvPool, such as {closest}")
@@ -166,9 +166,9 @@ class Games:
         game, its return unclipped; it lacks what was scored in the no-ops after a lost life: docs/environments.md.
         """
         frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
-        # A reset after a lost life plays no-ops. If the game ends in them, only the next game's higher lives tell.
+        # The reset after a lost life plays no-ops. If they end the game no flag says so, but lives rise to the next's.
         untold = self.life_lost & (info["lives"] > self.lives)
-        over = terminated & info["terminated"].astype(bool) | truncated  # if the last no-op ends it, info says so twice
+        over = (terminated & info["terminated"].astype(bool)) | truncated  # info's is of the game, and may come twice
         self.returns += info["reward"]
         self.lengths += ~self.is_last
         self.is_last, self.lives, self.life_lost = terminated | truncated, info["lives"], terminated & ~over
@@ -185,9 +185,9 @@ NUM_VARIABLES, NUM_CLASSES = 32, 32
 MODEL, BEHAVIOUR = ("encoder", "world_model"), ("actor", "critic")  # parts of the agent: what real data trains, and not
 
 
-def layer_init(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights of gain `std`, zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of this gain, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -378,7 +378,7 @@ def compute_loss(
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), batch.mask)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
-    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action
+    ratios = torch.where(batch.mask[:, None] > 0, log_ratios.exp(), 1.0)  # of every action; 1 in dummies
     outside = (ratios > 1 + clip_coef) | (ratios < 1 - clip_coef)  # of N^C with C = 1 + ε
     stats = {
         "losses/policy_loss": policy_loss,
@@ -508,20 +508,20 @@ def train(args: Args) -> None:
         for name, part in learned.items():
             part.load_state_dict(run.state[name])
 
-    # Frames and policies live on the device; the rest, like the games, on the CPU.
+    # Frames, policies and values live on the device; the rest, like the games, on the CPU.
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     log_probs = torch.zeros((T, N, games.num_actions), device=device)
     values = torch.zeros((T + 1, N), device=device)
     actions = torch.zeros((T, N), dtype=torch.int64)
     rewards = torch.zeros((T, N))
-    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t] has value 0; ends an episode
+    is_terminal, is_last = torch.zeros((2, T + 1, N), dtype=torch.bool)  # obs[t]: its value is 0; it ends an episode
     obs[T] = games.reset()
 
     for iteration in range(run.iterations, num_iterations):
         # ---- Rollout
         for group in optimizer.param_groups:
             group["lr"] = (1 - iteration / num_iterations) * group["first_lr"]
-        obs[0], is_last[0] = obs[T], is_last[T]
+        obs[0], is_last[0] = obs[T], is_last[T]  # is_terminal[0] is never read
         for t in range(T):
             with torch.no_grad(), autocast:
                 log_probs[t], values[t] = agent.policy_and_value(agent.encode(obs[t]))
@@ -603,8 +603,8 @@ class Run:
         """Open the folder, new or of a run to go on with. Raises SystemExit: 2 if it cannot be, 0 if all is done."""
         script, self.args, self.signal = Path(__file__).resolve(), args, None
         self.rollout = args.num_envs * args.num_steps  # global steps of an iteration
-        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # freed memory stays for the next tensors: the system
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # would clear it first. M_MMAP_MAX, M_TRIM_THRESHOLD
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # keep freed memory: the system would have to zero it anew
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
         name = f"{args.env_id.replace('/', '-')}__{script.stem}__{args.seed}__{int(time.time())}"
         self.dir = Path(os.path.realpath(args.run_dir or f"runs/{name}"))  # has a name and a parent, whatever was typed

@@ -166,3 +166,12 @@ def test_bad_input_from_a_shell(folder):
     for key, done in launch_all({key: command(key, folder) for key in cases}).items():
         assert_refused(key, done.returncode, done.stdout, done.stderr)
     assert_nothing_made(folder)
+
+
+@pytest.mark.parametrize("script", [path.stem for path in sorted(ROOT.glob("*.py")) if "class Games" in path.read_text()])
+def test_a_whole_number_for_a_float_is_the_float(script):
+    """As Python has it: Args(ent_coef=0) is Args(ent_coef=0.0), and may be 0."""
+    module = importlib.import_module(script)
+    assert module.Args(ent_coef=0, gae_lambda=0, max_grad_norm=1).ent_coef == 0
+    with pytest.raises(SystemExit):
+        module.Args(num_envs=0)
