@@ -411,7 +411,7 @@ def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
 
     The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ and the sum are published: α_P depends on
-    the latent's size. z' is not detached: φ too is to make the next latent predictable.
+    the latent's size and scale. z' is not detached: φ too is to make the next latent predictable.
     """
     return F.smooth_l1_loss(predicted_next_z.float(), next_z.float(), reduction="none").flatten(1).sum(-1)
 

@@ -544,6 +544,9 @@ class Run:
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
+            own = self.dir / script.name  # half a run of one code and half of another would be a run of neither
+            same = not own.exists() or own.read_bytes() == script.read_bytes()
+            args.check("run_dir", same, f"is a run of another text of {script.name}; its own goes on: python {own}")
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout
         if step + self.rollout > args.total_timesteps:

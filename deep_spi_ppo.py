@@ -88,7 +88,7 @@ class Args:
 
     # ---- Deep SPI
     reward_loss_coef: float = 0.01  # α_R, weight of the reward loss, in standard deviations of A
-    transition_loss_coef: float = 0.0005  # α_P, weight of the transition loss, which is a sum over the latent
+    transition_loss_coef: float = 0.0005  # α_P, likewise; ℓ_P is a sum over z: another encoder wants another
     loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside J; in U where no clip is active
 
     def __post_init__(self):
@@ -403,7 +403,7 @@ def transition_loss(predicted_next_z: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = d̄(z', z̄'), z̄' ~ P̄(·|z,a): smooth-L1, summed over the latent, per transition: (M,).
 
     The talk bounds its Wasserstein distance by E d̄(z', z̄'); smooth-L1 for d̄ and the sum are published: α_P depends on
-    the latent's size. z' is not detached: φ too is to make the next latent predictable.
+    the latent's size and scale. z' is not detached: φ too is to make the next latent predictable.
     """
     return F.smooth_l1_loss(predicted_next_z.float(), next_z.float(), reduction="none").flatten(1).sum(-1)
 
@@ -640,6 +640,9 @@ class Run:
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
+            own = self.dir / script.name  # half a run of one code and half of another would be a run of neither
+            same = not own.exists() or own.read_bytes() == script.read_bytes()
+            args.check("run_dir", same, f"is a run of another text of {script.name}; its own goes on: python {own}")
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout
         if step + self.rollout > args.total_timesteps:

@@ -176,7 +176,7 @@ SUITES = {
 # ---- Cost
 
 # Agent steps per second and the threads that took part, with default settings (DeepMDP: with 128 x 8), on a Xeon with
-# bf16 matrix units, which `--precision auto` makes use of. Atari: results/throughput.csv, with 18 actions, the slowest.
+# bf16 matrix units, which the default precision makes use of. Atari: results/throughput.csv, 18 actions, the slowest.
 # Vectors: about the median of the 40 runs of LunarLander-v3 with a world model in results/suites/control.
 MEASURED_SPS = {
     "deep_spi_ppo.py": (7000, 1),

@@ -168,7 +168,10 @@ def test_bad_input_from_a_shell(folder):
     assert_nothing_made(folder)
 
 
-@pytest.mark.parametrize("script", [path.stem for path in sorted(ROOT.glob("*.py")) if "class Games" in path.read_text()])
+TRAINING_SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "class Games" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 def test_a_whole_number_for_a_float_is_the_float(script):
     """As Python has it: Args(ent_coef=0) is Args(ent_coef=0.0), and may be 0."""
     module = importlib.import_module(script)

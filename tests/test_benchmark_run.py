@@ -340,6 +340,18 @@ def test_an_interrupted_run_is_resumed(script):
     assert not list(work.run_dir.parent.glob("1.broken-*")) and starts(script) == ["1", "1"]
 
 
+def test_an_interrupted_run_of_another_text_of_the_script_is_made_again(script):
+    work = planned(script)
+    worker.make_run(*work)
+    leave_checkpoint(work.run_dir)
+    (work.run_dir / script.name).write_text(FAKE_SCRIPT + "# an older one\n")
+    found = worker.find(work.run_dir, work.run, work.settings)
+    assert found.state == "broken" and "has changed" in found.why
+    worker.make_run(*work)
+    assert worker.find(work.run_dir, work.run, work.settings).state == "finished"
+    assert len(list(work.run_dir.parent.glob("1.broken-*"))) == 1
+
+
 def test_a_refused_resume_leaves_the_checkpoint_where_it_is(script):
     """It may be this machine that lacks something, a GPU say; the next one goes on."""
     work = planned(script, "behaviour=refuse")

@@ -259,6 +259,24 @@ def test_a_finished_run_is_left_alone_or_made_longer(monkeypatch, tmp_path, caps
     assert json.loads((tmp_path / "run" / "config.json").read_text())["resumes"] == [512, 640]
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+def test_another_text_of_the_script_does_not_go_on(script, monkeypatch, tmp_path, capsys):
+    """Half a run of one loss and half of another would be a run of neither; and nothing of the old one is lost."""
+    args = small_args(script, tmp_path / "run", iterations=2)
+    train(script, args)
+    own = tmp_path / "run" / f"{script.__name__}.py"
+    own.write_text(own.read_text().replace("return torch.min(ratio", "return torch.max(ratio"))
+    before = contents(tmp_path / "run")
+    longer = replace(args, total_timesteps=2 * args.total_timesteps)
+    capsys.readouterr()
+    assert stop(script, longer) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1 and f"python {own}" in captured.err
+    assert contents(tmp_path / "run") == before
+    own.write_bytes(Path(script.__file__).read_bytes())
+    train(script, longer)
+
+
 def test_a_folder_without_a_checkpoint_is_a_new_run(monkeypatch, tmp_path):
     """As where a run was killed before its first checkpoint: nothing of it stays in the tables."""
     args = small_args(deep_spi_ppo, tmp_path / "run")

@@ -53,6 +53,11 @@ def differences(run: PlannedRun, settings: dict, config: dict) -> str:
     )
 
 
+def is_same_text(copy: Path, script: Path) -> bool:
+    """Whether the copy of the script in the run's folder, if there is one, is what the script is now."""
+    return not copy.exists() or copy.read_bytes() == script.read_bytes()
+
+
 def find(run_dir: Path, run: PlannedRun, settings: dict) -> Found:
     """Whether the folder is this run, finished, made by the same script with the same settings."""
     if not run_dir.exists():
@@ -73,6 +78,8 @@ def find(run_dir: Path, run: PlannedRun, settings: dict) -> Found:
     if changed and done:
         return Found("other", changed)
     if done is None:
+        if not is_same_text(run_dir / Path(run.script).name, ROOT / run.script):
+            return Found("broken", f"{run.script} has changed since, and half a run of each would be a run of neither")
         resumable = not changed and is_whole(run_dir / "checkpoint.pt")
         return Found("resumable" if resumable else "broken", "it has no done.json")
     if done.get("steps") != steps_of(settings):
