@@ -59,11 +59,23 @@ def varies(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.ptp(a) + np.ptp(b) > 0)
 
 
+def welch(a: np.ndarray, b: np.ndarray):
+    """Welch's t-test of the means of a (..., n) and b (..., m), as scipy's result: statistic, pvalue, interval.
+
+    Where one side is a constant, Welch's formula is that of the other's mean alone: the test of one sample.
+    """
+    if np.ptp(b) == 0:
+        return stats.ttest_1samp(a - b[..., :1], 0, axis=-1)
+    if np.ptp(a) == 0:
+        return stats.ttest_1samp(a[..., :1] - b, 0, axis=-1)
+    return stats.ttest_ind(a, b, axis=-1, equal_var=False)
+
+
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Mean of a (n,) less that of b (m,), and Welch's 95 % interval of it: nan where nothing varies, or n or m is 1."""
     mean, low, high = a.mean() - b.mean(), math.nan, math.nan
     if min(len(a), len(b)) > 1 and varies(a, b):
-        low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - LEVEL)
+        low, high = welch(a, b).confidence_interval(1 - LEVEL)
     return mean, low, high
 
 
@@ -79,7 +91,7 @@ def visible_effect(a: np.ndarray, b: np.ndarray) -> float:
     noise_a, noise_b = (x.std(ddof=1) * rng.standard_normal((REPETITIONS, len(x))) for x in (a, b))
 
     def shortfall(effect: float) -> float:
-        return (stats.ttest_ind(noise_a + effect, noise_b, axis=1, equal_var=False).pvalue < LEVEL).mean() - POWER
+        return (welch(noise_a + effect, noise_b).pvalue < LEVEL).mean() - POWER
 
     return optimize.brentq(shortfall, 0, 20 * spread, xtol=1e-4 * spread)
 
