@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, stats
 
-from benchmark.common import read_table
 from benchmark.report.runs import FinishedRun, read_results
 
 OUTCOMES = FINAL, LAST, ALL = "final policy", "last 100 games", "all games"
@@ -21,16 +20,9 @@ LEVEL, POWER, REPETITIONS = 0.05, 0.8, 20_000
 Scores = dict[str, dict[str, dict[str, np.ndarray]]]  # task → algorithm → outcome → its value for each seed
 
 
-def final_returns(suite: Path, run: FinishedRun) -> np.ndarray:
-    """Returns of the games that the run's final policy played anew, (games,): none if it was not evaluated."""
-    rows = read_table(suite / run.algorithm / run.task / str(run.seed) / "evaluation.csv")
-    return np.array([float(row["return"]) for row in rows if row["policy"] == "sampled"])
-
-
-def outcomes(suite: Path, run: FinishedRun) -> dict[str, float]:
+def outcomes(run: FinishedRun) -> dict[str, float]:
     """A run's outcomes; that of its final policy only if it was evaluated."""
-    returns = final_returns(suite, run)
-    final = {FINAL: returns.mean()} if len(returns) else {}
+    final = {} if math.isnan(run.final) else {FINAL: run.final}
     return final | {LAST: run.last, ALL: run.returns.mean() if run.episodes else math.nan, SEED: run.seed}
 
 
@@ -38,7 +30,7 @@ def read_scores(suite: Path) -> Scores:
     """Every outcome that all seeds of an algorithm on a task have. Raises SystemExit(1) if the suite has no runs."""
     runs = defaultdict(lambda: defaultdict(list))
     for run in read_results(suite).runs:
-        runs[run.task][run.algorithm].append(outcomes(suite, run))
+        runs[run.task][run.algorithm].append(outcomes(run))
     if not runs:
         raise SystemExit(f"error: no finished run in {suite}")
     return {
