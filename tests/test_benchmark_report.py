@@ -21,6 +21,7 @@ from scipy import stats
 
 import deep_spi_ppo
 from benchmark.report import aggregation, document, pictures, report, runs, uneven
+from benchmark.studies import control
 from benchmark.suites import RANDOM_PLAYER
 from tests import synthetic
 
@@ -331,6 +332,66 @@ def test_a_damaged_evaluation_is_said(suite):
     assert any("ppo/Pong/1: in evaluation.csv a return is not a finite number" in line for line in remarks_of(suite))
 
 
+def play_on_the_way(suite, steps, value):
+    """Two games of each run's policies of these steps, of mean return `value(step)`."""
+    for run_dir in suite.glob("*/*/*/"):
+        if (run_dir / "done.json").exists():
+            games = [f"{step},sampled,{value(step) + change},1,1" for step in steps for change in (-1, 1)]
+            (run_dir / "policies.csv").write_text("\n".join(["global_step,policy,return,length,ended", *games]) + "\n")
+
+
+def test_curves_are_of_policies_if_all_of_them_played(suite):
+    """Worked out by hand, and drawn whatever the numbers of environments."""
+    for task in ("Breakout", "Pong"):
+        for seed in "12":
+            rewrite(suite / "ours" / task / seed, args={"num_envs": 128})
+    evaluate_runs(suite, 16.1)
+    play_on_the_way(suite, (120, 640), lambda step: step / 100)
+    report.write_report(suite, suite / "report", resamples=50)
+    rows = read_csv(suite / "report" / "learning_curves.csv")
+    curve = {float(row["step"]): row["point"] for row in rows if (row["task"], row["algorithm"]) == ("Pong", "ours")}
+    # ten points up to 1,280; straight from 1.2 at 120 to 6.4 at 640 and on to 16.1 at the end
+    assert len(curve) == 10 and float(curve[128]) == pytest.approx(1.28) and float(curve[640]) == pytest.approx(6.4)
+    assert float(curve[896]) == pytest.approx(6.4 + 0.4 * (16.1 - 6.4)) and float(curve[1280]) == pytest.approx(16.1)
+    efficiency = read_csv(suite / "report" / "sample_efficiency.csv")
+    scaled = [(640 / 100 - random) / (human - random) for random, human in ((1.7, 30.5), (-20.7, 14.6))]
+    (point,) = [row["point"] for row in efficiency if (row["algorithm"], row["step"]) == ("ours", "640")]
+    assert float(point) == pytest.approx(np.mean(scaled), abs=1e-6)  # two runs of each: the quarters cut one of each
+    text = (suite / "report" / "report.md").read_text()
+    assert "Not drawn" not in text and "Mean return of the policies that were kept on the way" in text
+    assert (suite / "report" / "learning_curves.png").exists()
+
+
+def test_where_policies_on_the_way_did_not_play_it_is_said(suite):
+    evaluate_runs(suite, 16.1)
+    play_on_the_way(suite, (320, 640), lambda step: 1)
+    assert remarks_of(suite)[0].startswith("Nothing: ")
+    path = suite / "ours" / "Pong" / "1" / "policies.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    fewer = "Fewer policies on the way than other seeds, so that curves are straight there: ours (seed 1 of Pong)."
+    assert remarks_of(suite) == [fewer]
+    path.unlink()
+    results = runs.read_results(suite)
+    assert not results.by_policies and results.by_final_policy
+    none = "Curves are of training, as not every run has policies on the way: not ours (seed 1 of Pong)."
+    assert remarks_of(suite) == [none]
+    path.write_text("global_step,policy,return,length,ended\n320,sampled,inf,1,1\n")
+    assert any("ours/Pong/1: in policies.csv a return is not a finite number" in line for line in remarks_of(suite))
+
+
+def test_training_time_worked_out_by_hand(tmp_path):
+    """Three seeds of 6, 12 and 60 minutes: at half the steps half the median has passed, 0.1 hours."""
+    for seed, minutes in ((1, 6), (2, 12), (3, 60)):
+        run_dir = write_run(tmp_path, "ppo", "Pong", seed, range(128))
+        (run_dir / "done.json").write_text(json.dumps({"steps": STEPS, "minutes": minutes, "sps": 1.0}))
+    report.write_report(tmp_path, tmp_path / "report", resamples=50)
+    over_steps, over_time = (read_csv(tmp_path / "report" / f"learning_curves{name}.csv") for name in ("", "_hours"))
+    assert [row["point"] for row in over_steps] == [row["point"] for row in over_time]
+    hours = [float(row["hours"]) for row in over_time]
+    assert hours == pytest.approx([0.2 * float(row["step"]) / STEPS for row in over_steps])
+    assert hours[-1] == pytest.approx(0.2)
+
+
 def test_curves_of_other_numbers_of_environments_are_not_drawn(suite):
     for task in ("Breakout", "Pong"):
         for seed in "12":
@@ -343,10 +404,30 @@ def test_curves_of_other_numbers_of_environments_are_not_drawn(suite):
     assert not (suite / "report" / "learning_curves.png").exists()
 
 
+def test_a_method_looks_the_same_in_every_figure_of_a_report(suite, monkeypatch):
+    """Those that the project does not know too, and where the baseline is not among them."""
+    for algorithm in ("new", "other"):
+        for task in ("Breakout", "Pong"):
+            for seed in (1, 2):
+                write_run(suite, algorithm, task, seed, [seed] * 100)
+    looks = []
+    for name in ("draw_bars", "draw_curves"):
+        draw = getattr(report, name)
+        monkeypatch.setattr(
+            report, name, lambda *args, draw=draw, **more: (looks.append(args[1]), draw(*args, **more))[1]
+        )
+    report.write_report(suite, suite / "report", baseline="new", resamples=50)
+    assert len(looks) == 6 and all(look == looks[0] for look in looks)
+    assert looks[0].keys() == {"ppo", "ours", "new", "other"} and len(set(looks[0].values())) == 4
+    assert pictures.NAMES.keys() == pictures.COLOURS.keys() and pictures.LINES.keys() <= pictures.NAMES.keys()
+
+
 def test_a_method_has_one_colour():
     import confounding_gridworld
 
     assert confounding_gridworld.COLOURS.items() <= pictures.COLOURS.items()
+    assert confounding_gridworld.NAMES.items() <= pictures.NAMES.items()
+    assert {algorithm: name for name, algorithm in control.PLACEMENTS.items()}.items() <= pictures.NAMES.items()
     found = pictures.colours(["mine", "deep_spi", "yours", "ppo"])
     assert found["ppo"] == pictures.COLOURS["ppo"] and len(set(found.values())) == 4
     assert not set(pictures.OTHER_COLOURS) & set(pictures.COLOURS.values())

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 from benchmark.report.aggregation import Curves, Estimates, bounds
 
@@ -95,7 +96,8 @@ def draw_curves(
 ) -> Path:
     """A panel per title, with a curve for each entry and its interval shaded. `labels` are the axes'.
 
-    A single panel with more than MOST_BANDS intervals becomes one for each, in which the other curves are grey.
+    An interval much wider than all curves is cut. A single panel with more than MOST_BANDS intervals becomes one for
+    each, in which the other curves are grey.
     """
     apart = len(panels) == 1 and len(*panels.values()) > MOST_BANDS
     if apart:
@@ -117,6 +119,12 @@ def draw_curves(
             line = {"color": look[name], "linestyle": "-" if apart else LINES.get(name, "-"), "linewidth": 1.8}
             (handles[called(name)],) = axis.plot(x, estimated.point, **line, **drawn[0])
             axis.fill_between(x, estimated.low, estimated.high, color=look[name], alpha=0.2, linewidth=0, **drawn[1])
+        points = np.concatenate([estimated.point for _, estimated in curves.values()])
+        points = points[~np.isnan(points)]
+        low, high = (points.min(), points.max()) if len(points) else (0, 0)
+        if high > low:  # or else the intervals of two seeds would make every curve flat
+            least, most = axis.get_ylim()
+            axis.set_ylim(max(least, low - (high - low) / 2), min(most, high + (high - low) / 2))
         axis.set_title(title, fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         if axis.get_xlim()[1] >= 1000:

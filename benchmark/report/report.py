@@ -274,7 +274,8 @@ def learning_curves(results: Results, out: Path) -> list[Block]:
     over_steps = draw_curves(panels, look, ("environment steps", "return"), out / "learning_curves.png")
     over_time = draw_curves(times, look, (f"{unit} of training", "return"), out / "learning_curves_hours.png")
     caption = (
-        f"Mean return of {CURVE_OF[of_policies]}, shaded its 95 % interval over seeds; from where every seed has one"
+        f"Mean return of {CURVE_OF[of_policies]}, from where every seed has one; shaded its 95 % interval over seeds, "
+        "cut where it is much wider than the curves"
     )
     same = (
         f"The same over {unit} of training, on the machines and with the threads named above: steps times the median "
