@@ -97,6 +97,12 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def read_episodes(run_dir: Path) -> np.ndarray:
+    """Global step, return and length of a run's episodes, (episodes, 3); none if none has ended."""
+    lines = (run_dir / "episodes.csv").read_text(encoding="utf-8").splitlines()[1:]
+    return np.array([line.split(",") for line in lines], dtype=float).reshape(-1, 3)
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

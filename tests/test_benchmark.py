@@ -80,12 +80,14 @@ def test_kept_runs_are_small_and_still_finished(tmp_path):
     (run_dir / "episodes.csv").write_text("global_step,return,length\n64,9.0,9\n")
     (run_dir / "agent.pt").write_bytes(b"weights")
     (run_dir / "evaluation.csv").write_text("policy,return,length,ended\nsampled,9.0,9,1\n")
+    (run_dir / "policies.csv").write_text("global_step,policy,return,length,ended\n64,sampled,9.0,9,1\n")
     (tmp_path / "suite" / "plan.json").write_text("[]")
     (run_dir.parent / "2").mkdir()  # an unfinished one
     assert keep.keep(tmp_path / "suite", tmp_path / "kept") == 1
     kept = tmp_path / "kept"
     files = sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file())
-    names = [f"{run.name}/{name}" for name in ("config.json", "done.json", "episodes.csv", "evaluation.csv")]
+    tables = ("episodes.csv", "evaluation.csv", "policies.csv")
+    names = [f"{run.name}/{name}" for name in ("config.json", "done.json", *tables)]
     assert files == [*names, "plan.json", "plan.json.lock"]
     assert not [path for path in files if str(tmp_path) in (kept / path).read_text()]
     assert keep.keep(kept, tmp_path / "back") == 1

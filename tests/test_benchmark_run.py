@@ -3,6 +3,7 @@
 All but one test use a training script that does nothing but write the files of one, so that they take no time.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,11 +21,12 @@ from pathlib import Path
 
 import envpool
 import pytest
+import torch
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from benchmark.launch import launcher, plan, worker
+from benchmark.launch import launcher, plan, policies, worker
 from benchmark.suites import ATARI57_GAMES, MEASURED_SPS, SUITES
 
 ROOT = Path(__file__).parent.parent
@@ -423,6 +425,78 @@ def test_the_final_policy_plays_new_games_once(tmp_path, capsys):
     assert (run_dir / "done.json").read_bytes() == done
     assert worker.log_path(run_dir).read_text().count("evaluate.py") == 2
     assert "1 of 1 runs are finished" in capsys.readouterr().out
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    return [line.split(",") for line in path.read_text().splitlines()[1:]]
+
+
+def test_policies_on_the_way_are_kept_and_play_and_go_on_where_they_were_stopped(tmp_path):
+    """Of a real script, with ten iterations: the first nine."""
+    command = ["--suite=smoke", "--seeds=1", f"--results={tmp_path}", "--evaluate=6"]
+    command += ["--algorithms", "mine=deep_spi_ppo.py:update_epochs=1"]
+    run_dir = tmp_path / "smoke" / "mine" / "CartPole-v1" / "1"
+    assert launcher.main(command) == 0
+    steps = [str(each * STEPS // 10) for each in range(1, 10)]
+    kept = {path.stem: torch.load(path, weights_only=True) for path in run_dir.glob("policies/*.pt")}
+    final = torch.load(run_dir / "agent.pt", weights_only=True)
+    assert sorted(kept, key=int) == steps
+    weights = [*(kept[step] for step in steps), final]
+    assert all(any((a[name] != b[name]).any() for name in a) for a, b in itertools.pairwise(weights))
+    rows = read_rows(run_dir / "policies.csv")
+    assert [(row[0], row[1]) for row in rows] == [(step, "sampled") for step in steps for _ in range(2)]
+
+    text = (run_dir / "policies.csv").read_text()
+    stopped = [line for line in text.splitlines() if not line.startswith(f"{steps[3]},")]
+    (run_dir / "policies.csv").write_text("\n".join([*stopped, f"{steps[3]},sampled,1.0,1,1"]) + "\n")  # one of two
+    assert launcher.main(command) == 0
+    assert (run_dir / "policies.csv").read_text() == text
+    log = worker.log_path(run_dir).read_text()
+    assert log.count("benchmark.launch.policies") == 2 and log.count("games of the policy") == 9 + 1
+
+    torch.save(final, run_dir / "policies" / f"{STEPS}.pt")  # the same policy plays the same games as in evaluate.py
+    policies.play(run_dir, games=6)
+    assert [row[1:] for row in read_rows(run_dir / "policies.csv")[-6:]] == read_rows(run_dir / "evaluation.csv")
+
+
+def test_policies_are_kept_at_tenths_of_the_run():
+    def kept(iterations: int) -> list[int]:
+        settings = {"num_envs": 4, "num_steps": 2, "total_timesteps": 8 * iterations + 5}
+        interval, steps = policies.checkpoint_interval(settings), sorted(policies.kept_steps(settings))
+        assert interval <= 100 and all(step % (8 * interval) == 0 for step in steps)
+        return [step // 8 for step in steps]
+
+    assert kept(24) == [2, 5, 7, 10, 12, 14, 17, 19, 22]
+    assert kept(3) == [1, 2] and kept(1) == []
+    assert kept(9765) == [1000, 2000, 2900, 3900, 4900, 5900, 6800, 7800, 8800]
+    for iterations in range(10, 2000):
+        own = kept(iterations)
+        assert len(own) == 9
+        assert all(abs(own[k - 1] - k * iterations / 10) <= max(0.5, iterations / 100) for k in range(1, 10))
+
+
+def test_a_checkpoint_is_kept_if_it_is_due_and_of_the_known_form(tmp_path):
+    keeper = policies.Keeper(tmp_path, {"num_envs": 4, "num_steps": 2, "total_timesteps": 8 * 20})
+    path = tmp_path / "checkpoint.pt"
+    keeper.look()  # there is none yet
+    for iterations in range(1, 21):
+        torch.save({"iterations": iterations, "agent": {"w": torch.tensor([iterations])}}, tmp_path / "new")
+        os.replace(tmp_path / "new", path)
+        keeper.look()
+    found = {int(each.stem): torch.load(each, weights_only=True)["w"].item() for each in tmp_path.glob("policies/*")}
+    assert found == {16 * each: 2 * each for each in range(1, 10)}
+    for content in (b"", b"no checkpoint", path.read_bytes()[:-40]):
+        path.write_bytes(content)
+        keeper.look()
+    torch.save({"weights": {}}, path)
+    keeper.look()
+    assert len(list(tmp_path.glob("policies/*"))) == 9
+
+
+def test_a_script_without_checkpoints_is_not_asked_for_them(script):
+    work = planned(script)
+    worker.make_run(*work)
+    assert "checkpoint-interval" not in worker.log_path(work.run_dir).read_text()
 
 
 def test_a_run_that_cannot_be_evaluated_is_finished_all_the_same(script, capsys):

@@ -39,6 +39,17 @@ def test_runs_that_are_all_alike_differ_by_their_constant():
         assert np.isnan(interval).all()
 
 
+def test_a_side_that_never_varies_is_a_constant():
+    """Welch's formula by hand, with one variance 0: the other's standard error, and its degrees of freedom."""
+    a, constant = np.array([1.0, 2.0, 6.0]), np.full(4, 2.5)
+    half = stats.t.ppf(0.975, 2) * a.std(ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose(difference(a, constant), (0.5, 0.5 - half, 0.5 + half))
+    np.testing.assert_allclose(difference(constant, a), (-0.5, -0.5 - half, -0.5 + half))
+    nearly = difference(a, constant + np.array([0, 0, 0, 1e-6]))
+    np.testing.assert_allclose(nearly, difference(a, constant), atol=1e-4)
+    assert visible_effect(a, constant) == pytest.approx(visible_effect(constant, a), rel=0.05)  # by simulation
+
+
 def test_no_effect_is_visible_to_one_run_a_side_or_where_one_has_no_score():
     for a in (np.array([1.0]), np.array([1.0, np.nan]), np.array([0.1, 0.1, 0.1])):
         assert np.isnan(visible_effect(a, np.array([0.1, 0.1, 0.1])))

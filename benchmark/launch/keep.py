@@ -1,8 +1,8 @@
 """Keep what a report needs of a suite's finished runs: python -m benchmark.keep FROM TO
 
-Copies plan.json and, of each finished run, done.json, episodes.csv, evaluation.csv if there is one, and config.json
-without the machine's paths: no weights, no TensorBoard files. Works both ways: from runs/benchmark/SUITE into
-benchmark/results/suites/SUITE, to be committed, and back, where `benchmark.run` then skips these runs and
+Copies plan.json and, of each finished run, done.json, episodes.csv, evaluation.csv and policies.csv if there are, and
+config.json without the machine's paths: no weights, no TensorBoard files. Works both ways: from runs/benchmark/SUITE
+into benchmark/results/suites/SUITE, to be committed, and back, where `benchmark.run` then skips these runs and
 `benchmark.report` reports them.
 """
 
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from benchmark.common import NAMES_OF_A_RUN
 from benchmark.launch.plan import PlannedRun, write_plan
+
+EVALUATIONS = ("evaluation.csv", "policies.csv")
 
 
 def keep(source: Path, target: Path) -> int:
@@ -40,12 +42,13 @@ def keep(source: Path, target: Path) -> int:
             ):
                 raise SystemExit(f"error: TO: {copy} is a run with another {', '.join(differ)}; move it away")
             if (copy / "episodes.csv").read_bytes() != (run_dir / "episodes.csv").read_bytes():
-                (copy / "evaluation.csv").unlink(missing_ok=True)  # that of the run which is replaced
+                for name in EVALUATIONS:
+                    (copy / name).unlink(missing_ok=True)  # that of the run which is replaced
         copy.mkdir(parents=True, exist_ok=True)
         (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(run_dir / "episodes.csv", copy / "episodes.csv")
-        if (run_dir / "evaluation.csv").exists():
-            shutil.copyfile(run_dir / "evaluation.csv", copy / "evaluation.csv")
+        for name in filter(lambda name: (run_dir / name).exists(), EVALUATIONS):
+            shutil.copyfile(run_dir / name, copy / name)
         shutil.copyfile(run_dir / "done.json", copy / "done.json")  # last, as it marks the run as finished
     if (source / "plan.json").exists():
         plan = [PlannedRun(**run) for run in json.loads((source / "plan.json").read_text(encoding="utf-8"))]

@@ -33,6 +33,7 @@ from benchmark.launch.plan import (
     steps_of,
     write_plan,
 )
+from benchmark.launch.policies import games_on_the_way
 from benchmark.launch.worker import (
     CHANGED_SETTINGS,
     LAST_LINES,
@@ -238,7 +239,9 @@ def main(words: list[str] | None = None) -> int:
 
     if args.dry_run:
         print_plan(plan, settings, left, args)
-        print(f"each final policy plays {games} games; {len(todo) - len(left)} finished runs have only that to do")
+        some = games_on_the_way(games)
+        print(f"each final policy plays {games} games, each on the way {some}", end="; ")
+        print(f"{len(todo) - len(left)} finished runs have only that to do")
         return 0
     write_plan(suite_dir / "plan.json", plan)
     jobs_dir = suite_dir / ".jobs" / str(time.time_ns())

@@ -137,6 +137,7 @@ def settings_of(run: PlannedRun) -> dict[str, object]:
     settings = settings | {"env_id": run.env_id, "seed": run.seed, "total_timesteps": run.total_timesteps}
     # What the plan does not name of these is the machine's choice, which may be another than this one.
     not_compared = {*NAMES_OF_A_RUN, *(name for name in ("device", "precision") if name not in run.flags)}
+    not_compared.discard("checkpoint_interval")  # which is not compared, but set by who makes the run
     settings = {name: value for name, value in settings.items() if name not in not_compared}
     return json.loads(json.dumps(settings, default=str))  # as config.json will have them: a Path is text there
 

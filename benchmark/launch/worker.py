@@ -18,11 +18,12 @@ from typing import Literal, NamedTuple, TextIO
 import submitit
 
 from benchmark.common import NAMES_OF_A_RUN, ROOT, is_whole, read_events, read_table
+from benchmark.launch import policies
 from benchmark.launch.plan import PlannedRun, flag_words, steps_of, write_json
 
 STOPPED = 75  # exit code of a script that was told to stop, and left a checkpoint
 SECONDS_TO_STOP = 60  # that a script has for this when its worker is told to stop
-SECONDS_BETWEEN_WATCHES = 0.2  # over a running script
+SECONDS_BETWEEN_WATCHES = 0.05  # over a running script; on vectors it may write several checkpoints a second
 LAST_LINES = 12  # of a failed run's log that are shown
 NOT_FINITE = re.compile(r"^error: .*(not finite|\bis [-+]?(nan|inf)\b)")  # the last words of a run that diverged
 CHANGED_SETTINGS = "its settings are not the plan's"
@@ -101,6 +102,11 @@ def measure(run_dir: Path, settings: dict) -> dict[str, float]:
 
 
 def is_evaluated(run_dir: Path, games: int) -> bool:
+    """Whether the final policy has played so many games, or has no weights to play them with; and those on the way."""
+    return is_played(run_dir, games) and not policies.unplayed(run_dir, policies.games_on_the_way(games))
+
+
+def is_played(run_dir: Path, games: int) -> bool:
     """Whether evaluation.csv has so many games of the sampled policy, or there are no weights to play them with."""
     if not any((run_dir / name).exists() for name in ("checkpoint.pt", "agent.pt")):
         return True
@@ -160,8 +166,9 @@ def make_run(
 ) -> None:
     """Make the run unless it is finished, with `environment` set (None: removed) for the script. Runs in a worker.
 
-    Then its final policy plays `games` games, unless it has. Waits while somebody else makes the run. Raises
-    RuntimeError if the script fails or leaves an incomplete folder; not if the games fail, of which the log tells.
+    Then its final policy plays `games` games, unless it has, and those on the way fewer each. Waits while somebody else
+    makes the run. Raises RuntimeError if the script fails or leaves an incomplete folder; not if the games fail, of
+    which the log tells.
     """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     # The script inherits the log, and with it the lock: it is free only when nobody can write to the folder any more.
@@ -174,12 +181,17 @@ def make_run(
             if found.state == "broken":
                 run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{time.time_ns() // 10**6}"))
             make_it(run, run_dir, settings, environment, log)
-        if games and not is_evaluated(run_dir, games):
-            evaluation = ["evaluate.py", str(run_dir), f"--episodes={games}", "--policy=sampled"]
-            evaluation[0] = str(ROOT / evaluation[0])
-            code = start([sys.executable, *evaluation], log, environment, watch=lambda: None)
+        commands, some = [], policies.games_on_the_way(games)
+        if games and not is_played(run_dir, games):
+            commands.append([str(ROOT / "evaluate.py"), str(run_dir), f"--episodes={games}", "--policy=sampled"])
+        if games and policies.unplayed(run_dir, some):
+            commands.append(["-m", policies.__name__, str(run_dir), f"--episodes={some}"])
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        for command in commands:
+            code = start([sys.executable, *command], log, environment | {"PYTHONPATH": path}, watch=lambda: None)
             if code:
-                print(f"the run is finished, but was not evaluated: evaluate.py ended with code {code}", file=log)
+                name = Path(command[0]).name if command[0] != "-m" else command[1]
+                print(f"the run is finished, but was not evaluated: {name} ended with code {code}", file=log)
 
 
 def make_it(run: PlannedRun, run_dir: Path, settings: dict, environment: dict[str, str | None], log: TextIO) -> None:
@@ -190,8 +202,15 @@ def make_it(run: PlannedRun, run_dir: Path, settings: dict, environment: dict[st
     might not diverge again: no fair seed.
     """
     own = {"env_id": run.env_id, "seed": run.seed, "total_timesteps": run.total_timesteps, "run_dir": run_dir}
-    command = [sys.executable, str(ROOT / run.script), *flag_words(run.flags | own)]
-    looked_at = []
+    interval = {"checkpoint_interval": policies.checkpoint_interval(settings)}
+    interval = interval if "checkpoint_interval" in settings else {}
+    command = [sys.executable, str(ROOT / run.script), *flag_words(interval | run.flags | own)]
+    looked_at, keeper = [], policies.Keeper(run_dir, settings)
+
+    def watch() -> None:
+        """What is done while the script runs."""
+        compare()
+        keeper.look()
 
     def compare() -> None:
         """Stop the script as soon as its config.json is another than the plan's."""
@@ -210,7 +229,7 @@ def make_it(run: PlannedRun, run_dir: Path, settings: dict, environment: dict[st
     began = log.tell()
     code = STOPPED
     while code == STOPPED:  # by a signal to the script alone: its worker, this process, is to go on
-        code = start(command, log, environment, compare)
+        code = start(command, log, environment, watch)
     if code:
         said = log_path(run_dir).read_bytes()[began:].decode(errors="replace").splitlines()
         if run_dir.exists() and (term := next(filter(NOT_FINITE.search, reversed(said[-LAST_LINES:])), "")):

@@ -9,7 +9,7 @@ plays with its policy. What stays different is SB3's own:
 - minibatches are of independent transitions, and shuffled by another generator;
 - advantages are divided by the sample's standard deviation, not the population's;
 - float32, frames divided by 255 rather than the first weights, Adam not fused, freed memory given back to the system;
-- no checkpoints, no answer to signals or to losses that are not finite.
+- no checkpoints (but the policies on the way), no answer to signals or to losses that are not finite.
 """
 
 import json
@@ -34,6 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it also starts as a file, as benchmark.run does
 import ppo_baseline
 from benchmark.common import speak_utf8
+from benchmark.launch import policies
 from ppo_baseline import Games, Run
 
 FRAMES = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -130,6 +131,8 @@ class Log(BaseCallback):
         sps = self.num_timesteps / (time.time() - self.start_time)
         self.run.bar.update(self.num_timesteps - self.run.bar.n)
         self.run.writer.add_scalar("charts/SPS", sps, self.num_timesteps)
+        if self.num_timesteps in policies.kept_steps(vars(self.run.args)):
+            policies.keep(self.run.dir, self.num_timesteps, self.model.policy.state_dict())
 
     def _on_training_end(self):
         self.log_speed()

@@ -1,7 +1,8 @@
 """The report's statistics with their 95 % intervals, and as cells of its tables.
 
 Those over games are rliable's (Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice,
-NeurIPS 2021).
+NeurIPS 2021), but for the interval of the probability of improvement, which is Wilson's: a bootstrap of two seeds that
+both win is [1, 1].
 """
 
 from collections import defaultdict
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from rliable import library, metrics
+from scipy import stats
 
 from benchmark.common import mean_interval
 from benchmark.report.runs import FinishedRun, name_runs
@@ -96,6 +98,7 @@ class Estimate(NamedTuple):
 
 
 Estimates = dict[str, Estimate]  # of each algorithm
+Curves = dict[str, tuple[np.ndarray, Estimate]]  # of each algorithm: where (n,), and what
 
 
 def bounds(estimated: Estimate, i: int) -> tuple[float, float, float]:
@@ -119,25 +122,24 @@ def as_record(estimated: Estimate, i: int, name: str = "point") -> dict:
     return dict(zip((name, "low", "high"), bounds(estimated, i), strict=True))
 
 
-def curve_records(x: np.ndarray, estimates: Estimates, name: str) -> list[dict]:
-    """Lines of a CSV table for curves over x (n,), whose column is called `name`."""
+def curve_records(curves: Curves, name: str) -> list[dict]:
+    """Lines of a CSV table for curves over what the column `name` has."""
     return [
         {"algorithm": algorithm, name: x[i]} | as_record(estimated, i)
-        for algorithm, estimated in estimates.items()
+        for algorithm, (x, estimated) in curves.items()
         for i in range(len(x))
     ]
 
 
-def estimate(scores: dict, statistic: Callable[..., np.ndarray], resamples: int) -> Estimates:
-    """rliable's stratified bootstrap of `statistic` per entry: one matrix (seeds, games, ...), or a list of them."""
+def estimate(scores: dict[str, np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], resamples: int) -> Estimates:
+    """rliable's stratified bootstrap of `statistic` per matrix (seeds, games, ...)."""
     estimates = {}
-    for name, entry in scores.items():
-        arrays = entry if isinstance(entry, list) else [entry]
-        if min(len(array) for array in arrays) < 2:
-            estimates[name] = without_interval(statistic(*arrays))
+    for name, matrix in scores.items():
+        if len(matrix) < 2:
+            estimates[name] = without_interval(statistic(matrix))
             continue
         np.random.seed(0)  # rliable draws from numpy's global generator and from no other
-        points, intervals = library.get_interval_estimates({name: entry}, statistic, reps=resamples)
+        points, intervals = library.get_interval_estimates({name: matrix}, statistic, reps=resamples)
         estimates[name] = Estimate(points[name], *intervals[name])
     return estimates
 
@@ -150,3 +152,26 @@ def mean_over_seeds(values: np.ndarray) -> Estimate:
 def without_interval(point: np.ndarray) -> Estimate:
     """What a single seed says."""
     return Estimate(point, *np.full((2, *point.shape), np.nan))
+
+
+def wilson_interval(share: float, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share of so many trials (1927). scipy's takes whole numbers of successes only."""
+    z2 = stats.norm.ppf((1 + level) / 2) ** 2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = np.sqrt(z2 * share * (1 - share) / trials + z2**2 / (4 * trials**2)) / (1 + z2 / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)  # which it is, but for rounding
+
+
+def improvement_estimate(scores_x: np.ndarray, scores_y: np.ndarray) -> Estimate:
+    """The probability of improvement and its interval, (seeds, games) twice → (1,); nan if a side has one seed.
+
+    Whatever X and Y are like, on one game it varies no more than a share p of min(m, n) trials, for m and n seeds: its
+    variance is at most p (1 - p) / min(m, n) (Birnbaum and Klose, Bounds for the variance of the Mann-Whitney
+    statistic, 1957; with ties Hoeffding, 1963, section 5: it is the mean, over all pairings of seeds, of that many
+    independent comparisons). Games are independent and p (1 - p) is concave: so the mean over games varies no more than
+    a share of all their trials.
+    """
+    point, seeds = improvement(scores_x, scores_y), min(len(scores_x), len(scores_y))
+    if seeds < 2:
+        return without_interval(point)
+    return Estimate(point, *np.array(wilson_interval(point[0], seeds * scores_x.shape[1]))[:, None])

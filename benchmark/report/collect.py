@@ -10,9 +10,7 @@ import csv
 import json
 from pathlib import Path
 
-import numpy as np
-
-from benchmark.common import CURVE_PARTS, circumstances, parts, read_events, read_table, settings_text
+from benchmark.common import CURVE_PARTS, circumstances, parts, read_episodes, read_events, read_table, settings_text
 
 METRIC_PARTS = 10
 
@@ -51,7 +49,7 @@ def collect(runs_dir: Path, out: Path) -> int:
         runs.add(tuple(key.values()))
         events = read_events(run_dir)
         last_step, sps = events["charts/SPS"][0][-1], events["charts/SPS"][1][-1]
-        episodes = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1, ndmin=2).reshape(-1, 3)
+        episodes = read_episodes(run_dir)
         result = {
             "steps": last_step,
             "mean_return_last_100": f"{episodes[-100:, 1].mean():.2f}" if len(episodes) else "",

@@ -1,14 +1,19 @@
-"""A document of headings, texts, lists, tables and pictures, as Markdown and as one self-contained HTML page."""
+"""A document of headings, texts, lists, tables and pictures, as Markdown and as one self-contained HTML page.
+
+Its tables come as LaTeX too, a file each.
+"""
 
 import base64
 import html
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
 from benchmark.common import markdown
+from benchmark.report.pictures import called
 
 
 class Heading(NamedTuple):
@@ -27,6 +32,7 @@ class Bullets(NamedTuple):
 class Table(NamedTuple):
     header: list[str]
     rows: list[list[str]]
+    name: str = ""  # of its file for LaTeX, without .tex
 
 
 class Picture(NamedTuple):
@@ -51,7 +57,7 @@ def block_as_markdown(block: Block) -> str:
             return text
         case Bullets(items):
             return "\n".join(f"- {item}" for item in items)
-        case Table(header, rows):
+        case Table(header, rows, _):
             return markdown(header, [[cell.replace("|", "\\|") for cell in row] for row in rows])
         case Picture(path, caption):
             return f"![{caption}]({path.name})\n\n{caption}"
@@ -71,7 +77,7 @@ def block_as_html(block: Block) -> str:
             return f"<p>{text_as_html(text)}</p>"
         case Bullets(items):
             return "<ul>\n" + "\n".join(f"<li>{text_as_html(item)}</li>" for item in items) + "\n</ul>"
-        case Table(header, rows):
+        case Table(header, rows, _):
             head = "".join(f"<th>{text_as_html(cell)}</th>" for cell in header)
             lines = ["".join(f"<td>{text_as_html(cell)}</td>" for cell in row) for row in rows]
             return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in [head, *lines]), "</table>"])
@@ -81,8 +87,54 @@ def block_as_html(block: Block) -> str:
             return f"<figure>{image}\n<figcaption>{caption}</figcaption></figure>"
 
 
+LATEX = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "−": "$-$",
+}
+NOT_IN_EVERY_FONT = "ªºµÐðÞþ"
+GREEK = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ"
+
+
+def sign_as_latex(sign: str) -> str:
+    """One character so that LaTeX sets it with its first fonts: Latin letters, Greek ones, others by their number."""
+    if sign in GREEK:
+        _, size, _, name = unicodedata.name(sign).split()  # GREEK SMALL LETTER ALPHA
+        name = name.replace("LAMDA", "LAMBDA")
+        return f"$\\{name.lower() if size == 'SMALL' else name.title()}$"
+    is_latin = ord(sign) < 0x100 and sign.isalpha() and sign not in NOT_IN_EVERY_FONT
+    return LATEX.get(sign, sign if is_latin or " " <= sign <= "~" else f"[U+{ord(sign):04X}]")
+
+
+def text_as_latex(text: str) -> str:
+    """Escaped; the minus of a number is set as one. A row that begins with [ or * would be an option of the last."""
+    text = re.sub(r"(?<![\w.+-])-(?=\d)", "−", text)
+    escaped = "".join(map(sign_as_latex, text)).replace("--", "-{}-")  # no dash
+    return "{}" * escaped.startswith(("[", "*")) + escaped
+
+
+def table_as_latex(table: Table) -> str:
+    """A tabular with booktabs' rules; numbers are set to the right, and long texts into lines."""
+    columns = list(zip(*table.rows, strict=True))
+    numbers = [all(re.match(r"[-+]?[\d.,]+( |$)|$", cell) for cell in column) and any(column) for column in columns]
+    kinds = [
+        "r" if n else "p{4cm}" if len(max(c, key=len)) > 40 else "l" for n, c in zip(numbers, columns, strict=True)
+    ]
+    lines = [" & ".join(text_as_latex(called(cell)) for cell in row) + r" \\" for row in [table.header, *table.rows]]
+    begin, end = rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\end{tabular}"
+    rules = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([r"% needs \usepackage{booktabs}", begin, *rules, end]) + "\n"
+
+
 def write_documents(blocks: list[Block], out: Path) -> None:
-    """report.md and report.html in the folder `out`. The first block is the title."""
+    """report.md and report.html in the folder `out`, and each table as NAME.tex. The first block is the title."""
+    for table in (block for block in blocks if isinstance(block, Table) and block.name):
+        (out / f"{table.name}.tex").write_text(table_as_latex(table), encoding="utf-8")
     (out / "report.md").write_text("\n\n".join(block_as_markdown(block) for block in blocks) + "\n", encoding="utf-8")
     head = f'<meta charset="utf-8">\n<title>{html.escape(blocks[0].text)}</title>\n<style>\n{STYLE}\n</style>'
     body = "\n".join(block_as_html(block) for block in blocks)

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
-from benchmark.common import running_mean
+from benchmark.common import read_episodes, running_mean
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -18,8 +17,7 @@ import matplotlib.pyplot as plt
 
 def draw(run_dir: Path) -> Path:
     """Write the picture and return its path. Raises SystemExit(2) if no episode has ended."""
-    episodes = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1).reshape(-1, 3)
-    steps, returns, _ = episodes.T
+    steps, returns, _ = read_episodes(run_dir).T
     if len(steps) == 0:
         print(f"error: {run_dir / 'episodes.csv'}: no episode has ended yet", file=sys.stderr)
         raise SystemExit(2)

@@ -2,7 +2,8 @@
 
 DIR is a suite's folder as benchmark.run fills it: ALGORITHM/TASK/SEED/ with config.json, episodes.csv and, once the run
 is finished, done.json; plan.json, if it is there, lists the runs to expect. Written: report.md, the same as one
-self-contained report.html, CSV tables, and pictures as PNG and, for print, as PDF. Needs requirements-benchmark.txt.
+self-contained report.html, tables as CSV and LaTeX, pictures as PNG and, for print, as PDF. Needs
+requirements-benchmark.txt.
 
 Nothing uneven is averaged silently: what is missing, left out, or not the same everywhere stands in the first section.
 """
@@ -18,8 +19,8 @@ from benchmark.common import circumstances, settings_text
 from benchmark.report import aggregation
 from benchmark.report.aggregation import METRICS, Rectangle, as_record, curve_records, number, with_interval
 from benchmark.report.document import Block, Bullets, Heading, Picture, Table, Text, write_csv, write_documents
-from benchmark.report.pictures import draw_bars, draw_curves
-from benchmark.report.runs import WINDOW, FinishedRun, Results, curve_of, curve_points, read_known_scores, read_results
+from benchmark.report.pictures import called, colours, draw_bars, draw_curves
+from benchmark.report.runs import WINDOW, FinishedRun, Results, curve_points, read_known_scores, read_results
 from benchmark.report.uneven import remarks_on
 
 PROFILE_POINTS = 81
@@ -28,10 +29,19 @@ NO_CURVE = (
     "Not drawn: among more environments the games that have ended by a step are the shorter ones, and began with older "
     "policies, so that such curves compare with nobody's. Environments: "
 )
+CURVE_OF = {
+    True: "the policies that were kept on the way, in games played after training, with straight lines between them",
+    False: f"the last {WINDOW} games in training that had ended",
+}
 SCORES = {
     True: "A run's score is the mean return of its final policy in the games that it played after training, actions "
     "sampled.",
     False: f"A run's score is the mean return of its last {WINDOW} episodes in training.",
+}
+SCALES = {
+    "human-normalised": "Human-normalised: a random player has 0, the human 1.",
+    "normalised": "Normalised: a random player has 0, who just solves the task 1 (on Atari: the human). Sources: "
+    "`RANDOM_PLAYER` and `SOLVED_AT` in `benchmark/suites.py`, `benchmark/report/atari57_scores.csv`.",
 }
 RESAMPLES = 2000  # of every bootstrap: a bound's own standard error is then 1.5 % of the interval's width
 
@@ -51,7 +61,8 @@ def opening(results: Results, suite: Path, resamples: int) -> list[Block]:
             "estimate of the final policy. Tables show the mean over seeds. In brackets: 95 % intervals. A task's mean "
             f"has Student's; what goes over tasks has rliable's percentile bootstrap, {resamples:,} resamples of the "
             "seeds within each task, which is too narrow with few seeds: over many tasks by √((n-1)/n), a fifth at "
-            "three, and over a single task, at three seeds, by two thirds of Student's width."
+            "three, and over a single task, at three seeds, by two thirds of Student's width; but the probability of "
+            "improvement has Wilson's."
         ),
     ]
 
@@ -76,7 +87,7 @@ def provenance(results: Results, out: Path) -> list[Block]:
     write_csv(out / "runs.csv", records)
     return [
         Heading("What was run"),
-        Table(["algorithm", "runs", *names, "sps"], rows),
+        Table(["algorithm", "runs", *names, "sps"], rows, "runs"),
         Text("sps: median over runs. `runs.csv` has every run: scores, settings, machine, versions."),
     ]
 
@@ -97,89 +108,104 @@ def run_record(run: FinishedRun) -> dict:
 
 
 def aggregates(results: Results, rectangle: Rectangle, out: Path, resamples: int) -> list[Block]:
-    """IQM, median, mean and optimality gap of the human-normalised scores, and the performance profile."""
-    heading = Heading("Aggregates over games")
+    """IQM, median, mean and optimality gap of the normalised scores, and the performance profile."""
+    heading = Heading("Aggregates over tasks")
     if not rectangle.seeds:
-        reason = "no game with known random and human scores has a run of every algorithm"
+        reason = (
+            "no task with a known score of a random player and of a human, or of who solves it, has a run of every "
+        )
+        reason += "algorithm"
         why = "Returns of different tasks have different scales, so a mean of them would mean nothing."
         return [heading, Text(f"None: {reason}. {why}")]
     scores = aggregation.matrices(results.runs, rectangle, lambda run: run.normalised(results.score(run)))
     estimates = aggregation.estimate(scores, aggregation.four_aggregates, resamples)
     records, rows = [], []
     for name, estimated in estimates.items():
-        seeds, games = scores[name].shape
-        key = {"algorithm": name, "seeds": seeds, "games": games}
+        seeds, tasks = scores[name].shape
+        key = {"algorithm": name, "seeds": seeds, "tasks": tasks}
         records += [key | {"metric": metric} | as_record(estimated, i) for i, metric in enumerate(METRICS)]
         cells = [with_interval(estimated, i) for i in range(len(METRICS))]
-        rows.append([name, str(seeds), str(games), *cells])
+        rows.append([name, str(seeds), str(tasks), *cells])
     write_csv(out / "aggregates.csv", records)
     thresholds = np.linspace(0, max(1.0, *(np.percentile(matrix, 95) for matrix in scores.values())), PROFILE_POINTS)
     profiles = aggregation.estimate(scores, lambda matrix: aggregation.share_above(matrix, thresholds), resamples)
-    write_csv(out / "performance_profiles.csv", curve_records(thresholds, profiles, "threshold"))
+    profiles = {name: (thresholds, profile) for name, profile in profiles.items()}
+    write_csv(out / "performance_profiles.csv", curve_records(profiles, "threshold"))
     titles = [f"{name} ({'lower' if name == 'optimality gap' else 'higher'} is better)" for name in METRICS]
-    bars = draw_bars(estimates, titles, "human-normalised score", out / "aggregates.png")
-    labels = "human-normalised score τ", "share of runs with a score above τ"
-    curves = draw_curves({"": (thresholds, profiles)}, labels, out / "performance_profiles.png")
+    look, label = colours(results.algorithms), f"{results.scale_name} score"
+    bars = draw_bars(estimates, look, titles, label, out / "aggregates.png")
+    labels = f"{label} τ", "share of runs with a score above τ"
+    curves = draw_curves({"": profiles}, look, labels, out / "performance_profiles.png", stairs=True)
     return [
         heading,
-        Text("Human-normalised: a random player has 0, the human 1. Intervals: rliable's stratified bootstrap."),
-        Table(["algorithm", "seeds", "games", *(f"{name} [95 %]" for name in METRICS)], rows),
+        Text(f"{SCALES[results.scale_name]} Intervals: rliable's stratified bootstrap."),
+        Table(["algorithm", "seeds", "tasks", *(f"{name} [95 %]" for name in METRICS)], rows, "aggregates"),
         Picture(bars, "Aggregates, with 95 % intervals"),
         Picture(curves, "Performance profiles"),
     ]
 
 
-def improvements(results: Results, rectangle: Rectangle, baseline: str, out: Path, resamples: int) -> list[Block]:
+def improvements(results: Results, rectangle: Rectangle, baseline: str, out: Path) -> list[Block]:
     """How probably a run of each algorithm beats one of the baseline on the same task, averaged over tasks."""
-    title = f"Probability of improvement over {baseline}"
+    title = f"Probability of improvement over {called(baseline)}"
     scores = aggregation.matrices(results.runs, rectangle, results.score)
     to_beat = scores.pop(baseline, None)
     if to_beat is None or not scores:
         needed = f"runs of `{baseline}` and of another algorithm on the same tasks"
         return [Heading(title), Text(f"None: it takes {needed}.")]
-    pairs = {name: [matrix, to_beat] for name, matrix in scores.items()}
-    estimates = aggregation.estimate(pairs, aggregation.improvement, resamples)
+    estimates = {name: aggregation.improvement_estimate(matrix, to_beat) for name, matrix in scores.items()}
     keys = {name: {"algorithm": name, "baseline": baseline, "tasks": len(rectangle.tasks)} for name in estimates}
     records = [keys[name] | as_record(each, 0) for name, each in estimates.items()]
     write_csv(out / "probability_of_improvement.csv", records)
     rows = [[*map(str, keys[name].values()), with_interval(each, 0)] for name, each in estimates.items()]
-    picture = draw_bars(estimates, [title], "probability", out / "probability_of_improvement.png", neutral=0.5)
-    meaning = "It only asks which of two returns on the same task is larger, so it needs no human score. Half: neither."
+    look, path = colours(results.algorithms), out / "probability_of_improvement.png"
+    picture = draw_bars(estimates, look, [title], "probability", path, neutral=0.5)
+    meaning = (
+        "It only asks which of two returns on the same task is larger, so it needs no scale. Half: neither. Intervals: "
+        "Wilson's for a share of n trials, n being tasks times seeds, of the side that has fewer. Whatever the returns "
+        "are like, this probability varies no more than such a share (Birnbaum and Klose, 1957)."
+    )
     header = ["algorithm", "over", "tasks", "probability [95 %]"]
-    return [Heading(title), Text(meaning), Table(header, rows), Picture(picture, "Probability of improvement")]
+    table = Table(header, rows, "probability_of_improvement")
+    return [Heading(title), Text(meaning), table, Picture(picture, "Probability of improvement")]
 
 
 def efficiency(results: Results, rectangle: Rectangle, out: Path, resamples: int) -> list[Block]:
-    """IQM over steps."""
+    """IQM over steps; over shares of a run where tasks differ in length."""
+    heading = Heading("Sample efficiency")
     if not rectangle.seeds:
         return []
-    steps = curve_points([run for run in results.runs if run.task in results.scored_tasks])
+    if not results.by_policies and (unlike := results.unlike_envs(rectangle.tasks)):
+        return [heading, Text(NO_CURVE + unlike + ".")]
+    ends = {task: min(run.done["steps"] for run in results.runs if run.task == task) for task in rectangle.tasks}
+    alike = len(set(ends.values())) == 1
+    x = curve_points(ends[rectangle.tasks[0]] if alike else 1.0, results.by_policies)
 
     def curve(run: FinishedRun) -> np.ndarray:
-        return run.normalised(curve_of(run.ends, run.returns, steps))
+        return run.normalised(run.curve(x if alike else x * ends[run.task], results.by_policies))
 
-    scores = aggregation.matrices(results.runs, rectangle, curve)  # (seeds, games, points)
-    if unlike := results.unlike_envs(rectangle.tasks):
-        return [Heading("Sample efficiency"), Text(NO_CURVE + unlike + ".")]
-    end = f"the shortest run's end, {steps[-1]:,.0f} steps"
+    scores = aggregation.matrices(results.runs, rectangle, curve)  # (seeds, tasks, points)
     begun = ~np.any([np.isnan(matrix).any(axis=(0, 1)) for matrix in scores.values()], axis=0)
     if not begun.any():
-        return [Heading("Sample efficiency"), Text(f"None: some run has no episode by {end}.")]
-    steps, scores = steps[begun], {name: matrix[..., begun] for name, matrix in scores.items()}
+        return [heading, Text("None: some run has no episode by the end of its task's shortest run.")]
+    x, scores = x[begun], {name: matrix[..., begun] for name, matrix in scores.items()}
     estimates = aggregation.estimate(scores, aggregation.interquartile_mean, resamples)
-    write_csv(out / "sample_efficiency.csv", curve_records(steps, estimates, "step"))
-    labels = "environment steps", "IQM of human-normalised score"
-    picture = draw_curves({"": (steps, estimates)}, labels, out / "sample_efficiency.png")
+    curves = {name: (x, estimated) for name, estimated in estimates.items()}
+    write_csv(out / "sample_efficiency.csv", curve_records(curves, "step" if alike else "share"))
+    axis = "environment steps" if alike else "share of the task's steps"
+    labels = axis, f"IQM of {results.scale_name} score"
+    picture = draw_curves({"": curves}, colours(results.algorithms), labels, out / "sample_efficiency.png")
     meaning = (
-        f"IQM of the mean return of the last {WINDOW} episodes that had ended by a step, from where every run has one, "
-        f"up to {end}. Intervals hold for each step by itself."
+        f"IQM of the mean return of {CURVE_OF[results.by_policies]}, from where every run has one, up to the end of "
+        "each task's shortest run. Intervals hold for each point by itself."
     )
-    return [Heading("Sample efficiency"), Text(meaning), Picture(picture, "IQM over steps")]
+    return [heading, Text(meaning), Picture(picture, f"IQM over {axis}")]
 
 
 def task_table(results: Results, out: Path) -> list[Block]:
-    """Every task's scores by algorithm, beside the published figure."""
-    records, rows = [], []
+    """Every task's scores by algorithm, beside the published figure where there is one."""
+    records, rows, scale = [], [], results.scale_name
+    games = [run.game for run in results.runs if run.game in read_known_scores()]
     for task, algorithm in product(results.tasks, results.algorithms):
         runs = [run for run in results.runs if (run.algorithm, run.task) == (algorithm, task) and run.episodes]
         if not runs:
@@ -188,53 +214,74 @@ def task_table(results: Results, out: Path) -> list[Block]:
         last, window, episode = np.mean([[run.last, run.best_window, run.best_episode] for run in runs], axis=0)
         steps = [run.done["steps"] for run in runs]
         span = f"{max(steps):,}" if len(set(steps)) == 1 else f"UNEQUAL: {min(steps):,} to {max(steps):,}"
-        scaled, published, known_cells = np.nan, np.nan, ["", ""]
-        if task in results.scored_tasks:
-            scaled = runs[0].normalised(score.point[0])
-            published = read_known_scores()[runs[0].game]["published_ppo"]
-            known_cells = [number(scaled), number(published) if published else "0.0 (no score)"]
         key = {"task": task, "algorithm": algorithm, "seeds": len(runs), "shortest": min(steps), "longest": max(steps)}
         best = {"last_100": last, "best_window": window, "best_episode": episode}
-        known = {"human_normalised": scaled, "published_ppo": published}
+        cells, known = [with_interval(score, 0), number(window), number(episode)], {}
+        if results.scored_tasks:
+            known[scale.replace("-", "_")] = runs[0].normalised(score.point[0]) if runs[0].scale else np.nan
+            cells.append(number(known[scale.replace("-", "_")]) if runs[0].scale else "")
+        if games:
+            published = read_known_scores().get(runs[0].game, {}).get("published_ppo", np.nan)
+            known["published_ppo"] = published
+            cells.append("" if np.isnan(published) else number(published) if published else "0.0 (no score)")
         records.append(key | as_record(score, 0, "score") | best | known)
-        cells = [with_interval(score, 0), number(window), number(episode), *known_cells]
         rows.append([task, algorithm, str(len(runs)), span, *cells])
     write_csv(out / "tasks.csv", records)
-    scores = [f"{results.score_name} [95 %]", "best window", "best episode", "human-normalised", "published PPO"]
-    return [
-        Heading("Every task"),
-        Text(
-            "Human-normalised: the mean over seeds of the score, with random player 0 and human 1. Published "
-            "PPO: not ours, but the Deep SPI authors' own (stochastic setting, 10 M steps, 3 seeds), the best value "
-            "seen in training: compare it with the best window. It started from returns of 0, so games of negative "
-            "returns read 0.0 there, which is no score. Sources: `benchmark/report/atari57_scores.csv`."
-        ),
-        Table(["task", "algorithm", "seeds", "steps", *scores], rows),
-    ]
+    header = ["task", "algorithm", "seeds", "steps", f"{results.score_name} [95 %]", "best window", "best episode"]
+    texts = []
+    if results.scored_tasks:
+        header.append(scale)
+        texts.append(SCALES[scale])
+    if games:
+        header.append("published PPO")
+        texts.append(
+            "Published PPO: not ours, but the Deep SPI authors' own (stochastic setting, 10 M steps, 3 seeds), the "
+            "best value seen in training: compare it with the best window. It started from returns of 0, so games of "
+            "negative returns read 0.0 there, which is no score. Sources: `benchmark/report/atari57_scores.csv`."
+        )
+    return [Heading("Every task"), *([Text(" ".join(texts))] if texts else []), Table(header, rows, "tasks")]
 
 
 def learning_curves(results: Results, out: Path) -> list[Block]:
-    """Mean return over steps, for every task, as CSV and as a picture."""
-    panels, remarks, records = {}, {}, []
-    for task in results.tasks:
-        runs = [run for run in results.runs if run.task == task]
-        steps, estimates = curve_points(runs), {}
-        for algorithm in dict.fromkeys(run.algorithm for run in runs if run.episodes):
-            own = [run for run in runs if run.algorithm == algorithm and run.episodes]
-            curves = np.array([curve_of(run.ends, run.returns, steps) for run in own])
-            estimates[algorithm] = aggregation.mean_over_seeds(curves)
-        records += [{"task": task} | record for record in curve_records(steps, estimates, "step")]
-        if estimates and (unlike := results.unlike_envs([task])):
-            remarks[task] = unlike
-        elif estimates:
-            panels[task] = steps, estimates
-    write_csv(out / "learning_curves.csv", records)
-    texts = [Text(f"{task}. {NO_CURVE}{unlike}.") for task, unlike in remarks.items()]
+    """Mean return of every task, over steps and over the time that they took, as CSV and as pictures."""
+    of_policies, panels, times = results.by_policies, {}, {}  # task → its curves
+    for task, algorithm in product(results.tasks, results.algorithms):
+        own = [run for run in results.runs if (run.algorithm, run.task) == (algorithm, task) and run.episodes]
+        if own:
+            shortest = min(run.done["steps"] for run in results.runs if run.task == task)
+            steps = curve_points(shortest, of_policies)
+            estimated = aggregation.mean_over_seeds(np.array([run.curve(steps, of_policies) for run in own]))
+            panels.setdefault(task, {})[algorithm] = steps, estimated
+            hours = steps / 60 * np.median([run.done["minutes"] / run.done["steps"] for run in own])
+            times.setdefault(task, {})[algorithm] = hours, estimated
     if not panels:
-        return [Heading(CURVES), *texts] if texts else []
-    picture = draw_curves(panels, ("environment steps", "return"), out / "learning_curves.png")
-    caption = "Mean over seeds, shaded its 95 % interval; a curve begins where every seed has an episode"
-    return [Heading(CURVES), *texts, Picture(picture, caption)]
+        return []
+    for axis, curves, name in (("step", panels, "learning_curves"), ("hours", times, "learning_curves_hours")):
+        records = [{"task": task} | record for task, own in curves.items() for record in curve_records(own, axis)]
+        write_csv(out / f"{name}.csv", records)
+    blocks = [Heading(CURVES)]
+    for task in list(panels):
+        if not of_policies and (unlike := results.unlike_envs([task])):
+            blocks.append(Text(f"{task}. {NO_CURVE}{unlike}."))
+            del panels[task], times[task]
+    if not panels:
+        return blocks
+    unit, in_an_hour = "hours", 1
+    if max(hours[-1] for own in times.values() for hours, _ in own.values()) < 1:
+        unit, in_an_hour = "minutes", 60
+    times = {task: {name: (x * in_an_hour, y) for name, (x, y) in own.items()} for task, own in times.items()}
+    look = colours(results.algorithms)
+    over_steps = draw_curves(panels, look, ("environment steps", "return"), out / "learning_curves.png")
+    over_time = draw_curves(times, look, (f"{unit} of training", "return"), out / "learning_curves_hours.png")
+    caption = (
+        f"Mean return of {CURVE_OF[of_policies]}, from where every seed has one; shaded its 95 % interval over seeds, "
+        "cut where it is much wider than the curves"
+    )
+    same = (
+        f"The same over {unit} of training, on the machines and with the threads named above: steps times the median "
+        "over seeds of a run's time for a step, evaluation not included"
+    )
+    return [*blocks, Picture(over_steps, caption), Picture(over_time, same)]
 
 
 # ---- The report
@@ -254,15 +301,15 @@ def write_report(suite: Path, out: Path, baseline: str | None = None, resamples:
         raise ValueError(f"--baseline: no run of {baseline!r}; there are {', '.join(results.algorithms)}")
     out.mkdir(parents=True, exist_ok=True)
     runs = results.runs
-    games = aggregation.choose_rectangle(runs, results.scored_tasks, "Aggregates over games")
+    scored = aggregation.choose_rectangle(runs, results.scored_tasks, "Aggregates over tasks")
     tasks = aggregation.choose_rectangle(runs, results.tasks, "Probability of improvement")
     blocks = [
         *opening(results, suite, resamples),
-        *unevenness(results, [games, tasks]),
+        *unevenness(results, [scored, tasks]),
         *provenance(results, out),
-        *aggregates(results, games, out, resamples),
-        *improvements(results, tasks, baseline or "ppo", out, resamples),
-        *efficiency(results, games, out, resamples),
+        *aggregates(results, scored, out, resamples),
+        *improvements(results, tasks, baseline or "ppo", out),
+        *efficiency(results, scored, out, resamples),
         *task_table(results, out),
         *learning_curves(results, out),
     ]

@@ -1,4 +1,4 @@
-"""A suite's runs, as benchmark.run left them, for benchmark.report; and what is known of the 57 games."""
+"""A suite's runs, as benchmark.run left them, for benchmark.report; and what is known of their tasks."""
 
 import functools
 import json
@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from benchmark.common import CIRCUMSTANCES, read_table, running_mean
+from benchmark.suites import RANDOM_PLAYER, SOLVED_AT
 
 WINDOW = 100  # episodes
-CURVE_POINTS = 50
+CURVE_POINTS = {True: 10, False: 50}  # of a curve of policies, which are kept at ten steps; of games in training
 
 Key = tuple[str, str, int]  # algorithm, task, seed
 
@@ -34,11 +35,16 @@ class FinishedRun:
     best_window: float  # largest mean return of 100 consecutive episodes
     best_episode: float  # largest return
     began_early: float  # share of the last 100 episodes that began in the run's first half
-    final: float  # mean return of the games that the final policy played anew, actions sampled; nan if it played none
+    policies: dict[int, np.ndarray]  # step → returns of the games that its policy played anew, actions sampled
 
     @property
     def key(self) -> Key:
         return self.algorithm, self.task, self.seed
+
+    @property
+    def final(self) -> float:
+        """Mean return of the games that the final policy played anew; nan if it played none."""
+        return float(self.policies.get(self.done["steps"], np.array([np.nan])).mean())
 
     @property
     def game(self) -> str:
@@ -49,10 +55,24 @@ class FinishedRun:
     def episodes(self) -> int:
         return len(self.returns)
 
+    @property
+    def scale(self) -> tuple[float, float] | None:
+        """The scores that are 0 and 1 when normalised: a random player's, and the human's or that of a solved task."""
+        if known := read_known_scores().get(self.game):
+            return known["random"], known["human"]
+        env_id = self.config["args"]["env_id"]
+        return (RANDOM_PLAYER[env_id], SOLVED_AT[env_id]) if env_id in RANDOM_PLAYER else None
+
     def normalised(self, score: np.ndarray) -> np.ndarray:
-        """On the scale on which a random player has 0 and the human 1. Raises KeyError if nobody knows these."""
-        known = read_known_scores()[self.game]
-        return (score - known["random"]) / (known["human"] - known["random"])
+        """A score on the task's scale. Raises TypeError if nobody knows one."""
+        zero, one = self.scale
+        return (score - zero) / (one - zero)
+
+    def curve(self, points: np.ndarray, of_policies: bool) -> np.ndarray:
+        """Return at each of `points` (p,), in steps: of the policies, linear between them, or of the last 100 games."""
+        if of_policies:
+            return np.interp(points, list(self.policies), [own.mean() for own in self.policies.values()], left=np.nan)
+        return curve_of(self.ends, self.returns, points)
 
 
 @dataclass(frozen=True)
@@ -75,14 +95,24 @@ class Results:
 
     @functools.cached_property
     def scored_tasks(self) -> list[str]:
-        """Tasks that are games with known scores."""
-        games = {run.task: run.game for run in self.runs}
-        return [task for task, game in games.items() if game in read_known_scores()]
+        """Tasks whose scores can be normalised."""
+        return list(dict.fromkeys(run.task for run in self.runs if run.scale))
+
+    @functools.cached_property
+    def scale_name(self) -> str:
+        """What a normalised score is called."""
+        by_humans = all(run.game in read_known_scores() for run in self.runs if run.scale)
+        return "human-normalised" if by_humans else "normalised"
 
     @functools.cached_property
     def by_final_policy(self) -> bool:
         """Whether runs are scored by what their final policies played anew: if all of them did."""
         return not any(np.isnan(run.final) for run in self.runs)
+
+    @functools.cached_property
+    def by_policies(self) -> bool:
+        """Whether learning curves are of policies: if those of every run played anew, on the way and in the end."""
+        return self.by_final_policy and all(len(run.policies) > 1 for run in self.runs)
 
     def score(self, run: FinishedRun) -> float:
         """A run's score: like that of all others."""
@@ -111,7 +141,7 @@ class Results:
 
 
 def name_runs(keys: Iterable[Key], tasks: Iterable[str]) -> str:
-    """Runs in few words: `ppo (seeds 1, 2 of Pong, Boxing; seed 3 of every task)`, every one of `tasks`."""
+    """Runs in few words: `ppo (seeds 1, 2 of Pong, Boxing; seeds 3 to 9 of every task)`, every one of `tasks`."""
     seeds = defaultdict(list)
     for algorithm, task, seed in sorted(set(keys)):
         seeds[algorithm, task].append(str(seed))
@@ -123,7 +153,9 @@ def name_runs(keys: Iterable[Key], tasks: Iterable[str]) -> str:
         parts = []
         for own, where in groups.items():
             where = "every task" if len(where) > 1 and set(where) == set(tasks) else ", ".join(where)
-            parts.append(f"seed{'s' if len(own) > 1 else ''} {', '.join(own)} of {where}")
+            in_a_row = len(own) > 3 and int(own[-1]) - int(own[0]) == len(own) - 1
+            named = f"{own[0]} to {own[-1]}" if in_a_row else ", ".join(own)
+            parts.append(f"seed{'s' if len(own) > 1 else ''} {named} of {where}")
         texts.append(f"{algorithm} ({'; '.join(parts)})")
     return ", ".join(texts)
 
@@ -140,9 +172,9 @@ def curve_of(ends: np.ndarray, returns: np.ndarray, points: np.ndarray) -> np.nd
     return means[np.searchsorted(ends, points, side="right")]
 
 
-def curve_points(runs: Iterable[FinishedRun]) -> np.ndarray:
-    """Equally spaced steps up to the end of the shortest run, (CURVE_POINTS,)."""
-    return np.linspace(0, min(run.done["steps"] for run in runs), CURVE_POINTS + 1)[1:]
+def curve_points(end: float, of_policies: bool) -> np.ndarray:
+    """Where a curve up to `end` has its points, equally spaced."""
+    return np.linspace(0, end, CURVE_POINTS[of_policies] + 1)[1:]
 
 
 def need(keys: set[str], content: object, name: str) -> None:
@@ -177,15 +209,25 @@ def read_run(folder: Path) -> FinishedRun:
         whole_windows = running_mean(returns, WINDOW)[min(WINDOW, len(returns)) - 1 :]
         scores = [returns[-WINDOW:].mean(), whole_windows.max(), returns.max(), (starts < done["steps"] / 2).mean()]
     algorithm, task, seed = folder.parts[-3:]
-    return FinishedRun(algorithm, task, int(seed), config, done, ends, returns, *map(float, scores), read_final(folder))
+    key = algorithm, task, int(seed)
+    policies = read_policies(folder, done["steps"])
+    return FinishedRun(*key, config, done, ends, returns, *map(float, scores), policies)
 
 
-def read_final(folder: Path) -> float:
-    """Mean return of the sampled policy's games in evaluation.csv, if there are any: else nan. Raises ValueError."""
-    games = [float(row["return"]) for row in read_table(folder / "evaluation.csv") if row["policy"] == "sampled"]
-    if not np.isfinite(games).all():
-        raise ValueError("in evaluation.csv a return is not a finite number")
-    return float(np.mean(games)) if games else np.nan
+def read_policies(folder: Path, last_step: int) -> dict[int, np.ndarray]:
+    """Per step, in order, the returns of the games that its policy played anew, actions sampled.
+
+    Those of the final policy are in evaluation.csv, those of policies on the way in policies.csv. Raises ValueError.
+    """
+    games = defaultdict(list)
+    for name, steps in (("policies.csv", None), ("evaluation.csv", last_step)):
+        for row in read_table(folder / name):
+            value = float(row["return"])
+            if not np.isfinite(value):
+                raise ValueError(f"in {name} a return is not a finite number")
+            if row["policy"] == "sampled":
+                games[steps or int(row["global_step"])].append(value)
+    return {step: np.array(games[step]) for step in sorted(games)}
 
 
 def read_plan(path: Path) -> list[Key]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, stats
 
-from benchmark.common import read_table
 from benchmark.report.runs import FinishedRun, read_results
 
 OUTCOMES = FINAL, LAST, ALL = "final policy", "last 100 games", "all games"
@@ -21,16 +20,9 @@ LEVEL, POWER, REPETITIONS = 0.05, 0.8, 20_000
 Scores = dict[str, dict[str, dict[str, np.ndarray]]]  # task → algorithm → outcome → its value for each seed
 
 
-def final_returns(suite: Path, run: FinishedRun) -> np.ndarray:
-    """Returns of the games that the run's final policy played anew, (games,): none if it was not evaluated."""
-    rows = read_table(suite / run.algorithm / run.task / str(run.seed) / "evaluation.csv")
-    return np.array([float(row["return"]) for row in rows if row["policy"] == "sampled"])
-
-
-def outcomes(suite: Path, run: FinishedRun) -> dict[str, float]:
+def outcomes(run: FinishedRun) -> dict[str, float]:
     """A run's outcomes; that of its final policy only if it was evaluated."""
-    returns = final_returns(suite, run)
-    final = {FINAL: returns.mean()} if len(returns) else {}
+    final = {} if math.isnan(run.final) else {FINAL: run.final}
     return final | {LAST: run.last, ALL: run.returns.mean() if run.episodes else math.nan, SEED: run.seed}
 
 
@@ -38,7 +30,7 @@ def read_scores(suite: Path) -> Scores:
     """Every outcome that all seeds of an algorithm on a task have. Raises SystemExit(1) if the suite has no runs."""
     runs = defaultdict(lambda: defaultdict(list))
     for run in read_results(suite).runs:
-        runs[run.task][run.algorithm].append(outcomes(suite, run))
+        runs[run.task][run.algorithm].append(outcomes(run))
     if not runs:
         raise SystemExit(f"error: no finished run in {suite}")
     return {
@@ -59,11 +51,23 @@ def varies(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.ptp(a) + np.ptp(b) > 0)
 
 
+def welch(a: np.ndarray, b: np.ndarray):
+    """Welch's t-test of the means of a (..., n) and b (..., m), as scipy's result: statistic, pvalue, interval.
+
+    Where one side is a constant, Welch's formula is that of the other's mean alone: the test of one sample.
+    """
+    if np.ptp(b) == 0:
+        return stats.ttest_1samp(a - b[..., :1], 0, axis=-1)
+    if np.ptp(a) == 0:
+        return stats.ttest_1samp(a[..., :1] - b, 0, axis=-1)
+    return stats.ttest_ind(a, b, axis=-1, equal_var=False)
+
+
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Mean of a (n,) less that of b (m,), and Welch's 95 % interval of it: nan where nothing varies, or n or m is 1."""
     mean, low, high = a.mean() - b.mean(), math.nan, math.nan
     if min(len(a), len(b)) > 1 and varies(a, b):
-        low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - LEVEL)
+        low, high = welch(a, b).confidence_interval(1 - LEVEL)
     return mean, low, high
 
 
@@ -79,7 +83,7 @@ def visible_effect(a: np.ndarray, b: np.ndarray) -> float:
     noise_a, noise_b = (x.std(ddof=1) * rng.standard_normal((REPETITIONS, len(x))) for x in (a, b))
 
     def shortfall(effect: float) -> float:
-        return (stats.ttest_ind(noise_a + effect, noise_b, axis=1, equal_var=False).pvalue < LEVEL).mean() - POWER
+        return (welch(noise_a + effect, noise_b).pvalue < LEVEL).mean() - POWER
 
     return optimize.brentq(shortfall, 0, 20 * spread, xtol=1e-4 * spread)
 

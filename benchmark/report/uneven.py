@@ -20,6 +20,7 @@ def remarks_on(results: Results) -> list[str]:
     """A sentence for each."""
     checks = (
         not_evaluated,
+        not_evaluated_on_the_way,
         missing_runs,
         left_out_runs,
         uneven_lengths,
@@ -38,6 +39,19 @@ def not_evaluated(results: Results) -> list[str]:
     if len(without) in (0, len(results.runs)):
         return []
     return [f"Scores are of training, as not every final policy was evaluated: not {results.name(without)}."]
+
+
+def not_evaluated_on_the_way(results: Results) -> list[str]:
+    """Runs with fewer policies of earlier steps than others, or with none."""
+    most, without = defaultdict(int), [run.key for run in results.runs if len(run.policies) < 2]
+    for run in results.runs:
+        most[run.algorithm, run.task] = max(most[run.algorithm, run.task], len(run.policies))
+    if 0 < len(without) < len(results.runs):
+        return [f"Curves are of training, as not every run has policies on the way: not {results.name(without)}."]
+    fewer = [run.key for run in results.runs if len(run.policies) < most[run.algorithm, run.task]]
+    if without or not fewer:
+        return []
+    return [f"Fewer policies on the way than other seeds, so that curves are straight there: {results.name(fewer)}."]
 
 
 def missing_runs(results: Results) -> list[str]:
@@ -166,5 +180,5 @@ def grouped(results: Results, pairs: Iterable[tuple[str, Key]]) -> list[str]:
 def unknown_games(results: Results) -> list[str]:
     """Tasks that cannot be normalised."""
     unknown = [task for task in results.tasks if task not in results.scored_tasks]
-    what = "No random and human score known, so raw returns only, in no aggregate"
+    what = "No score of a random player and of a human, or of who solves it, known: raw returns only, in no aggregate"
     return [f"{what}: {', '.join(unknown)}."] if unknown else []

@@ -10,12 +10,11 @@ from collections import defaultdict
 
 import matplotlib
 import numpy as np
-from scipy import stats
 
 from benchmark.common import CURVE_PARTS, RESULTS, markdown, mean_interval, parts
 from benchmark.report.pictures import COLOURS, save_figure
 from benchmark.report.runs import read_results
-from benchmark.report.scores import ALL, LAST, SEED, Scores, cell, difference, visible_cell
+from benchmark.report.scores import ALL, LAST, SEED, Scores, cell, difference, visible_cell, welch
 from benchmark.suites import CONTROL_STEPS, CONTROL_TASKS, SOLVED_AT
 
 matplotlib.use("Agg")
@@ -55,7 +54,7 @@ def placement_difference_table(scores: Scores) -> str:
                 theirs = algorithms[PLACEMENTS[name]]
                 a, b = ours[outcome], theirs[outcome]
                 mean, low, high = difference(a, b)
-                p = f", p {stats.ttest_ind(a, b, equal_var=False).pvalue:.3f}" if low < high else ""
+                p = f", p {welch(a, b).pvalue:.3f}" if low < high else ""
                 paired = ""
                 if np.array_equal(ours[SEED], theirs[SEED]) and len(a) > 1 and np.ptp(a - b) > 0:
                     paired = "[{:+z.1f}, {:+z.1f}]".format(*mean_interval(a - b))

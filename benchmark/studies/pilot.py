@@ -2,7 +2,6 @@
 
 from benchmark.common import RESULTS, markdown, mean_interval
 from benchmark.report.runs import read_known_scores, read_results
-from benchmark.report.scores import final_returns
 
 FOLDER = RESULTS / "suites" / "pilot"
 
@@ -11,7 +10,7 @@ def table() -> str:
     """Per game of suite `pilot`: what the final policy scores, with its 95 % interval over games, best first."""
     rows = {}  # by human-normalised score
     for run in read_results(FOLDER).runs:
-        returns, known = final_returns(FOLDER, run), read_known_scores()[run.game]
+        returns, known = run.policies[run.done["steps"]], read_known_scores()[run.game]
         low, high = mean_interval(returns)
         score = float(run.normalised(returns.mean()))
         mean = f"{returns.mean():z,.1f} [{low:z,.1f}, {high:z,.1f}]"
