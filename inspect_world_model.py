@@ -26,6 +26,7 @@ import functools
 import html
 import inspect
 import io
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 import tyro
 from envpool.registration import registry
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -52,6 +53,7 @@ BOUNDS = (1.1, 1.5, 3.0)  # C, the largest ratio of a perturbed policy
 FILM = 128  # steps
 NUM_PAIRS = 5_000
 PICTURED = ("envpool.classic_control", "envpool.box2d")  # others have no pictures, or (MuJoCo) need OpenGL, or die
+ENDS = ("", " low", " high")  # of the columns of a mean and its interval
 BLUE, ORANGE, GREY = "#0b5fa5", "#d1700d", "#808080"
 
 
@@ -82,37 +84,36 @@ class Model:
     """An agent's world model, whichever script it is of, under one name a part. `lacks` says what it has not."""
 
     def __init__(self, script: ModuleType, agent: torch.nn.Module, args: object, state: dict):
-        self.script, self.agent, self.lacks, self.scaler = script, agent.eval(), [], None
-        P = agent.transition_model
+        P, self.script, self.agent, self.scaler, self.lacks = agent.transition_model, script, agent.eval(), None, []
         self.takes_noise = "noise" in inspect.signature(getattr(P, "forward", P)).parameters
         self.has_reward = hasattr(agent, "reward_model") or hasattr(agent, "reward_decoder")
         if not self.has_reward:
-            self.lacks.append("It has no reward model: r, L_R and the table of rewards are left out.")
+            self.lacks.append("The agent has no reward model: R̄, L_R and the table of rewards are left out.")
         elif hasattr(script, "RewardScaler") and "reward_scaler" not in state:
             self.has_reward = False
-            self.lacks.append("R̄ predicts scaled rewards, and only checkpoint.pt has the scale: it is left out.")
+            self.lacks.append(
+                "R̄ predicts scaled rewards, and the scale was in checkpoint.pt, which is gone: no R̄, L_R."
+            )
         elif hasattr(script, "RewardScaler"):
             self.scaler = script.RewardScaler(args.num_envs, args.gamma)
             self.scaler.load_state_dict(state["reward_scaler"])
         if hasattr(agent, "reward_decoder"):
-            self.lacks.append("Its R̄ reads the next latent, not z and a: here the mean of P̄.")
-        for name, symbol in (("reward_loss_coef", "R̄"), ("transition_loss_coef", "P̄")):
+            self.lacks.append("The agent's R̄ reads the next latent instead of z and a: here P̄'s mean.")
+        for name, part in (("reward_loss_coef", "R̄"), ("transition_loss_coef", "P̄")):
             if getattr(args, name, 1) == 0:
-                self.lacks.append(f"{symbol} was not trained: its weight in the run's loss is 0.")
+                self.lacks.append(f"{part} has learned nothing by itself: its weight in the run's loss was 0.")
 
     def next_z(self, z: Tensor, actions: Tensor, is_sampled: bool = False) -> Tensor:
-        """P̄'s mean (of classes: the most probable), or a sample of it: (B, ...), as z."""
-        noise = ()
+        """P̄'s mean (of classes: the most probable), or a sample of it as in training: (B, ...), as z."""
+        given = (z, actions)
         if self.takes_noise:
             shape = (len(z), *getattr(self.agent.transition_model, "noise_shape", z.shape[1:]))
-            noise = (torch.zeros(shape),)
-            if is_sampled:  # as in training
-                gumbel = getattr(self.script, "gumbel", None)
-                noise = (gumbel(*shape) if gumbel else torch.randn(shape).clamp(-1, 1),)
-        predicted = self.agent.transition_model(z, actions, *noise)
+            draw = getattr(self.script, "gumbel", lambda *shape: torch.randn(shape).clamp(-1, 1))
+            given += (draw(*shape) if is_sampled else torch.zeros(shape),)
+        predicted = self.agent.transition_model(*given)
         if isinstance(predicted, tuple):  # mean and standard deviation
             mean, std = predicted
-            return mean + std * torch.randn_like(mean) if is_sampled else mean
+            return mean + is_sampled * std * torch.randn_like(mean)
         return predicted
 
     def reward(self, z: Tensor, actions: Tensor) -> Tensor:
@@ -122,10 +123,9 @@ class Model:
         return self.agent.reward_decoder(self.next_z(z, actions)).float().squeeze(-1)
 
     def scaled(self, rewards: Tensor) -> Tensor:
-        """Rewards (T, N) as R̄ was taught them. Called dummies, they leave the scaler's sums as they are."""
-        if self.scaler is None:
-            return rewards
-        return self.scaler.scale(rewards, torch.ones(len(rewards) + 1, rewards.shape[1], dtype=torch.bool))
+        """Rewards (T, N) as R̄ was taught them. All called dummies, they leave the scaler's sums as they are."""
+        every_one = torch.ones(len(rewards) + 1, rewards.shape[1], dtype=torch.bool)
+        return self.scaler.scale(rewards, every_one) if self.scaler else rewards
 
 
 def batched(function, *rows: Tensor, size: int = 512) -> Tensor:
@@ -154,14 +154,10 @@ class Play(NamedTuple):
     values: Tensor  # (T + 1, N)
     actions: Tensor  # (T, N), or (T, N, A)
     rewards: Tensor  # (T, N) as R̄ was taught them
-    mask: np.ndarray  # (T, N) True: a transition, False: a reset
+    mask: Tensor  # (T, N) True: a transition, False: a reset
     ratios: Tensor  # (T, N, A) of every action; of continuous ones of the two halves
     moved: Tensor  # (T, N) probability that is not where π has it
     pictures: np.ndarray  # (T + 1, N, h, w) or (..., 3) uint8
-
-    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """z, a, z' of all T·N rows."""
-        return self.z[:-1].flatten(0, 1), self.actions.flatten(0, 1), self.z[1:].flatten(0, 1)
 
 
 def bars(obs: Tensor) -> np.ndarray:
@@ -185,42 +181,38 @@ def record(model: Model, args: object, steps: int, bound: float = 1.0, centre: T
     pictured = mock.patch.object(envpool, "make", functools.partial(envpool.make, render_mode="rgb_array"))
     with pictured if is_pictured else contextlib.nullcontext():
         games = model.script.Games(args)
-    obs, is_last, v, agent = games.reset(), torch.zeros(args.num_envs, dtype=torch.bool), None, model.agent
+    agent, obs, is_last, v = model.agent, games.reset(), torch.zeros(args.num_envs, dtype=torch.bool), None
     seen, done = [], []  # of T + 1 observations, of T steps
     for t in range(steps + 1):
         z = agent.encode(obs)
-        picture = obs[..., -1] if obs.dtype == torch.uint8 else obs
+        picture = obs[..., -1].clone() if obs.dtype == torch.uint8 else obs
         if is_pictured:
             frames = map(Image.fromarray, games.envs.render(np.arange(args.num_envs)))
             picture = torch.from_numpy(np.stack([frame.reduce(max(1, frame.width // 150)) for frame in frames]))
-        if is_normal := hasattr(agent, "policy"):
-            (mean, log_std), values = agent.policy(z), agent.value(obs)
-        else:
-            mean, values = agent.policy_and_value(z)
+        is_normal = hasattr(agent, "policy")  # of continuous actions
+        policy, values = (agent.policy(z), agent.value(obs)) if is_normal else agent.policy_and_value(z)
         seen.append((z, values, picture, is_last))
         if t == steps:
             break
-        v = torch.randn(*mean.shape, z[0].numel()) if v is None else v
+        outputs = policy[0] if is_normal else policy
+        v = torch.randn(*outputs.shape, z[0].numel()) if v is None else v
         push = torch.einsum("nad,nd->na", v, (z - centre).flatten(1))
         if is_normal:
-            noise, probs = torch.randn_like(mean), torch.full((len(mean), 2), 0.5, dtype=torch.float64)
+            probs = torch.full((len(z), 2), 0.5, dtype=torch.float64)  # of the half-space that is pushed up, the other
             ratios = tilt(probs, torch.tensor([True, False]), bound)
-            is_wanted = torch.rand(len(mean)) < (probs * ratios)[:, 0]  # the upper half
-            actions = (
-                mean + log_std.exp() * torch.where(((noise * push).sum(-1) > 0) == is_wanted, 1, -1)[:, None] * noise
-            )
+            noise, is_up = torch.randn_like(outputs), torch.rand(len(z)) < (probs * ratios)[:, 0]
+            sign = torch.where(((noise * push).sum(-1) > 0) == is_up, 1, -1)
+            actions = outputs + policy[1].exp() * sign[:, None] * noise
         else:
-            probs = mean.double().softmax(-1)
+            probs = policy.double().exp()
             ratios = tilt(probs, push > 0, bound)
             actions = torch.multinomial((probs * ratios).float(), num_samples=1).squeeze(-1)
-        obs, rewards, _, next_is_last, _ = games.step(actions)
-        moved = 0.5 * (probs * (ratios - 1).abs()).sum(-1)
-        done.append((actions, rewards.float(), ratios, moved))
-        is_last = next_is_last
+        obs, rewards, _, is_last, _ = games.step(actions)
+        done.append((actions, rewards.float(), ratios, 0.5 * (probs * (ratios - 1).abs()).sum(-1)))
     z, values, pictures, is_last = map(torch.stack, zip(*seen, strict=True))
     actions, rewards, ratios, moved = map(torch.stack, zip(*done, strict=True))
     pictures = pictures.numpy() if pictures.dtype == torch.uint8 else bars(pictures)
-    return Play(z, values, actions, model.scaled(rewards), ~is_last[:-1].numpy(), ratios, moved, pictures)
+    return Play(z, values, actions, model.scaled(rewards), ~is_last[:-1], ratios, moved, pictures)
 
 
 # ---- Numbers
@@ -229,12 +221,11 @@ def record(model: Model, args: object, steps: int, bound: float = 1.0, centre: T
 @torch.no_grad()
 def losses(model: Model, play: Play) -> dict[str, np.ndarray]:
     """ℓ_P of P̄'s mean, of a sample, of z' = z; R̄, its ℓ_R and that of always 0: (T, N) each."""
-    z, actions, next_z = play.rows()
+    z, actions, next_z = (x.flatten(0, 1) for x in (play.z[:-1], play.actions, play.z[1:]))
+    sample = functools.partial(model.next_z, is_sampled=True)
     found = {
         "transition_loss": distance(batched(model.next_z, z, actions), next_z),
-        "transition_loss_sample": distance(
-            batched(functools.partial(model.next_z, is_sampled=True), z, actions), next_z
-        ),
+        "transition_loss_sample": distance(batched(sample, z, actions), next_z),
         "transition_loss_copy": distance(z, next_z),
     }
     if model.has_reward:
@@ -249,7 +240,7 @@ def interval(x: np.ndarray, mask: np.ndarray, seed: int) -> tuple[float, float, 
     are alike. NaN if there is no row."""
     sums, counts = np.where(mask, x, 0).sum(0, dtype=np.float64), mask.sum(0)
     if not counts.any():
-        return np.nan, np.nan, np.nan
+        return (np.nan,) * 3
     drawn = np.random.default_rng(seed).integers(len(sums), size=(2_000, len(sums)))
     total = counts[drawn].sum(1)
     means = (sums[drawn].sum(1) / np.maximum(total, 1))[total > 0]
@@ -265,9 +256,8 @@ def unroll(model: Model, play: Play) -> tuple[np.ndarray, np.ndarray, np.ndarray
     them count (HORIZON, S, N): a chain ends where its episode does; and the latents (S·N, ...) after 0 ... HORIZON.
     """
     steps = np.arange(0, len(play.rewards) - HORIZON + 1, HORIZON)
-    mean = play.z[:-1][torch.from_numpy(play.mask)].mean(0, keepdim=True)
-    first = play.z[steps].flatten(0, 1)
-    errors, counts, chain, is_real = [], [], [first], np.ones((len(steps), play.mask.shape[1]), dtype=bool)
+    mean, first = play.z[:-1][play.mask].mean(0, keepdim=True), play.z[steps].flatten(0, 1)
+    errors, counts, chain, is_real = [], [], [first], torch.ones_like(play.mask[steps])
     for k in range(1, HORIZON + 1):
         chain.append(batched(model.next_z, chain[-1], play.actions[steps + k - 1].flatten(0, 1)))
         is_real = is_real & play.mask[steps + k - 1]
@@ -275,20 +265,19 @@ def unroll(model: Model, play: Play) -> tuple[np.ndarray, np.ndarray, np.ndarray
         of_predictors = [distance(x, true) for x in (chain[-1], first, mean.expand_as(true))]
         errors.append(torch.stack(of_predictors).view(3, *is_real.shape).numpy())
         counts.append(is_real)
-    return steps, np.stack(errors), np.stack(counts), chain
+    return steps, np.stack(errors), torch.stack(counts).numpy(), chain
 
 
 def nearest(play: Play, z: Tensor, game: int) -> tuple[int, int, float]:
     """Step and game of the real observation, of any game but this one, whose latent is nearest to z; and its d̄."""
-    far = np.array([[float("inf")]])
     distances = np.stack([distance(of_step, z.expand_as(of_step)).numpy() for of_step in play.z[:-1]])
-    distances = np.where(play.mask & (np.arange(distances.shape[1]) != game), distances, far)
+    distances = np.where(play.mask.numpy() & (np.arange(distances.shape[1]) != game), distances, np.inf)
     t, i = np.unravel_index(distances.argmin(), distances.shape)
     return int(t), int(i), float(distances[t, i])
 
 
 def reward_bins(rewards: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Names and members (B,) of groups of rewards (B,): each value, or if there are more than 12, ranges of quantiles."""
+    """Names and members (B,) of groups of rewards (B,): each value, or, of more than 12, ranges between quantiles."""
     values = np.unique(rewards)
     if len(values) <= 12:
         return [(f"{value:g}", rewards == value) for value in values]
@@ -299,9 +288,7 @@ def reward_bins(rewards: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 def value_pairs(play: Play, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
     """d̄(z1, z2) and |V(s1) - V(s2)| of random pairs, (B,) each; and the smallest K with |ΔV| <= K d̄ in 95 % of them."""
-    mask = torch.from_numpy(play.mask)
-    z, values = play.z[:-1][mask], play.values[:-1][mask]
-    rng = np.random.default_rng(seed)
+    z, values, rng = play.z[:-1][play.mask], play.values[:-1][play.mask], np.random.default_rng(seed)
     first = rng.integers(len(z), size=NUM_PAIRS)
     second = (first + rng.integers(1, max(2, len(z)), size=NUM_PAIRS)) % len(z)  # another
     d = batched(distance, z[first], z[second]).double().numpy()
@@ -326,51 +313,75 @@ def logged_ratios(run_dir: Path) -> tuple[dict, list[tuple[float, float, float]]
 # ---- The page
 
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; font-size: 14px } th, td { padding: .2em .7em; text-align: right }
-th { border-bottom: 2px solid #888 } td { border-bottom: 1px solid #ddd } th:first-child, td:first-child { text-align: left }
-img { max-width: 100% } code { background: #f2f2f2 } .note { color: #8a4b00 }"""
+table { border-collapse: collapse; font-size: 14px } th, td { padding: .2em .6em; text-align: right }
+th { border-bottom: 2px solid #888 } td { border-bottom: 1px solid #ddd } img { max-width: 100% }"""
 
-
-def shown(x: object) -> str:
-    """A number as the page has it."""
-    return f"{x:z.3g}" if isinstance(x, float) else str(x)
+TEXTS = {
+    "Film: where is the model wrong?": """
+V is the critic's value of a frame, R̄ the reward predicted for the action taken, r the true one. ℓ_P is the distance
+d̄ of the next latent to P̄'s mean, 'copy' its distance to the present latent. Vertical lines: an episode ends. Above: of
+each eighth of these steps the frame with the largest ℓ_P, a dot below.""",
+    "Open loop: what does the model see ahead?": f"""
+From the latent of every {HORIZON}th step of every game, P̄'s mean is applied k times, with the actions really taken. The
+error is d̄ of the result to the latent of the true frame k steps later; of 'copy' it is d̄ of the start's own latent to
+that, of 'mean' d̄ of the mean latent of all these games. A chain ends where its episode does. 'Low' and 'high' are the
+95 % interval over starts: a bootstrap that draws whole games, as starts of one game are alike.""",
+    "Calibration: what does the model know where other policies lead?": """
+C = 1 is the policy itself. For a larger C each game has a perturbed policy of its own: action a is pushed up in states
+where ⟨v, z - mean latent⟩ > 0, with a random v for each game and action, and down in the others. As much probability
+moves from the actions pushed down to those pushed up as leaves every ratio π'(a|s)/π(a|s) in [1/C, C], which is part
+of N^C. Of continuous actions the half-space in that direction is pushed up. 'Moved' is the mean probability that moved:
+little, where the policy is sure of itself. The ratios are the least and the largest met. 'Transitions' are those
+played. L_P and L_R are the means of ℓ_P and ℓ_R over them: L_P with P̄'s mean, 'L_P sample' with a sample of it as in
+training (the same where P̄ has no noise). 'Trivial' is what z' = z pays, or always predicting the reward 0. 'Less
+trivial' is the difference: where it is below 0 the model knows more. Low and high: the 95 % interval over games.""",
+    "Reward: R̄ by true reward": """
+Rewards as the learner sees them (on Atari their sign, on vectors scaled), of the policy's own transitions: for each
+true reward, or for ranges of it, the count, the mean of r, the mean and the standard deviation of R̄.""",
+    "Representation: do latents that are alike have like values?": """
+Random pairs of observations of these games: |V(s1) - V(s2)| over d̄(z1, z2). K is the smallest number such that
+|V(s1) - V(s2)| <= K d̄(z1, z2) in 95 % of the pairs: the line. The smaller, the better do latents tell values.""",
+    "Neighbourhood: how far did the last update go?": """
+Ratios π_new(a|s)/π_old(a|s) as the run logged them at its last checkpoint: in the minibatches of the last epoch, each
+before its own step. N^C, with C = 1 + ε, lies between the two lines. TensorBoard's bins are 10 % wide, so the share
+outside N^C is not counted in them: it is the run's own number, of its last iteration, as are the others in the table.""",
+}
 
 
 class Page:
     """index.html as it grows, and the CSV files beside it."""
 
     def __init__(self, folder: Path, title: str):
-        self.folder, self.title, self.body = folder, title, [f"<h1>{html.escape(title)}</h1>"]
+        self.folder, self.title, self.body = folder, html.escape(title), [f"<h1>{html.escape(title)}</h1>"]
         folder.mkdir(exist_ok=True)
 
-    def heading(self, text: str) -> None:
-        self.body.append(f"<h2>{html.escape(text)}</h2>")
+    def section(self, title: str) -> None:
+        self.body.append(f"<h2>{html.escape(title)}</h2>")
+        self.text(TEXTS[title])
 
-    def text(self, text: str, kind: str = "") -> None:
-        self.body.append(f'<p class="{kind}">{html.escape(text)}</p>' if kind else f"<p>{html.escape(text)}</p>")
+    def text(self, text: str) -> None:
+        self.body.append(f"<p>{html.escape(text.strip())}</p>")
 
-    def table(self, name: str, header: tuple[str, ...], rows: list[tuple], is_shown: bool = True) -> None:
-        """Write name.csv; show it too."""
+    def table(self, name: str, header: list[str], rows: list[tuple], is_shown: bool = True) -> None:
+        """Write name.csv; show it too, with 3 digits."""
         with open(self.folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
         if is_shown:
-            lines = [[f"<th>{html.escape(x)}</th>" for x in header]]
-            lines += [[f"<td>{html.escape(shown(x))}</td>" for x in row] for row in rows]
-            lines = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+            cells = [[f"<th>{html.escape(x)}</th>" for x in header]]
+            for row in rows:
+                cells.append([f"<td>{f'{x:z.3g}' if isinstance(x, float) else html.escape(str(x))}</td>" for x in row])
+            lines = "\n".join(f"<tr>{''.join(line)}</tr>" for line in cells)
             self.body.append(f'<table id="{name}">\n{lines}\n</table>')
-
-    def picture(self, content: bytes, alt: str, kind: str = "png") -> None:
-        data = base64.b64encode(content).decode()
-        self.body.append(f'<p><img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}"></p>')
 
     def figure(self, figure: Figure, alt: str) -> None:
         figure.savefig(content := io.BytesIO(), format="png")
-        self.picture(content.getvalue(), alt)
+        data = base64.b64encode(content.getvalue()).decode()
+        self.body.append(f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>')
 
     def write(self) -> Path:
-        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{STYLE}</style>'
         path = self.folder / "index.html"
-        path.write_text(f'<!DOCTYPE html>\n<html lang="en">{head}\n' + "\n".join(self.body) + "\n</html>\n", "utf-8")
+        head = f'<meta charset="utf-8"><title>{self.title}</title><style>{STYLE}</style>'
+        path.write_text("\n".join((f'<!DOCTYPE html>\n<html lang="en">{head}', *self.body, "</html>\n")), "utf-8")
         return path
 
 
@@ -381,223 +392,139 @@ def axes(figure: Figure, *place: int, **settings) -> object:
     return ax
 
 
-def show_picture(ax: object, picture: np.ndarray, title: str = "") -> None:
-    """A frame in a figure."""
-    ax.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="equal" if picture.shape[0] > 48 else "auto")
-    ax.set_title(title, fontsize=8)
-    ax.set_xticks([]), ax.set_yticks([])
+def grid(rows: list[list[tuple[np.ndarray, str]]]) -> Figure:
+    """Rows of eight pictures, each with a title."""
+    h, w = rows[0][0][0].shape[:2]
+    figure = Figure(figsize=(9, len(rows) * (0.4 + 1.1 * min(1.0, h / w))), layout="constrained")
+    for i, (picture, title) in enumerate(itertools.chain(*rows)):
+        ax = figure.add_subplot(len(rows), 8, i + 1, xticks=[], yticks=[])
+        ax.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto" if h == 48 else "equal")
+        ax.set_title(title, fontsize=8)
+    return figure
+
+
+def compare(ax: object, x: list, rows: list[tuple], column_of: dict[str, int]) -> None:
+    """Points with intervals, of rows that have a mean, its low and its high from each label's column on."""
+    for (label, column), colour in zip(column_of.items(), (BLUE, ORANGE, GREY), strict=False):
+        mean, low, high = np.array([row[column : column + 3] for row in rows]).T
+        ax.errorbar(x, mean, (mean - low, high - mean), fmt="o-", ms=3, lw=1, color=colour, label=label)
+    ax.legend(frameon=False, fontsize=8)
 
 
 def film(page: Page, play: Play, found: dict[str, np.ndarray]) -> None:
-    """The stretch of steps where P̄ errs most: a chart, the frames at the eight largest ℓ_P, and all as a GIF."""
-    length = min(FILM, len(play.mask))
-    loss = np.where(play.mask, found["transition_loss"], np.nan)
-    starts = range(0, len(loss) - length + 1, FILM // 2)
-    totals = np.array([np.nansum(loss[t : t + length], axis=0) for t in starts])
+    """The stretch of steps where P̄ errs most, as a chart, and its worst frames."""
+    length, starts = min(FILM, len(play.mask)), range(0, max(1, len(play.mask) - FILM + 1), FILM // 2)
+    loss = np.where(play.mask, found["transition_loss"], 0)
+    totals = np.stack([loss[t : t + length].sum(0) for t in starts])
     which, game = np.unravel_index(totals.argmax(), totals.shape)
-    steps = np.arange(starts[which], starts[which] + length)
-    page.text(
-        f"Game {game}, steps {steps[0]} to {steps[-1]}: of all stretches of {length} steps, that with the largest sum "
-        "of ℓ_P. V is the critic's value of the frame, R̄ the reward predicted of the action taken, r the true one, "
-        "ℓ_P the distance d̄ of the next latent to P̄'s mean; 'copy' to the present latent. Grey lines: an episode ends."
-    )
+    steps = starts[which] + np.arange(length)
+    worst = steps[[part[loss[part, game].argmax()] for part in np.array_split(steps, 8)] - steps[0]]
+    page.text(f"Game {game}, steps {steps[0]} to {steps[-1]}: of all such stretches that with the largest sum of ℓ_P.")
 
-    def gap(x: np.ndarray) -> np.ndarray:
-        return np.where(play.mask[steps, game], x[steps, game], np.nan)
-
+    lines = [(0, "V", BLUE, play.values[:-1]), (1, "r", GREY, play.rewards)]
+    lines += [(1, "R̄", BLUE, found["predicted_reward"])] if "predicted_reward" in found else []
+    lines += [(2, "copy", ORANGE, found["transition_loss_copy"]), (2, "ℓ_P", BLUE, found["transition_loss"])]
     figure = Figure(figsize=(9, 5), layout="constrained")
-    panels = [axes(figure, 3, 1, i) for i in (1, 2, 3)]
-    panels[0].plot(steps, gap(play.values[:-1].numpy()), color=BLUE)
-    panels[0].set_ylabel("V")
-    panels[1].plot(steps, gap(play.rewards.numpy()), color=GREY, lw=1, label="r")
-    if "predicted_reward" in found:
-        panels[1].plot(steps, gap(found["predicted_reward"]), color=BLUE, label="R̄")
-    panels[1].legend(frameon=False, loc="upper right", fontsize=8)
-    panels[1].set_ylabel("reward")
-    panels[2].plot(steps, gap(found["transition_loss_copy"]), color=ORANGE, lw=1, label="copy")
-    panels[2].plot(steps, gap(loss), color=BLUE, label="ℓ_P")
-    panels[2].legend(frameon=False, loc="upper right", fontsize=8)
-    panels[2].set_ylabel("ℓ_P"), panels[2].set_xlabel("step")
+    panels = [axes(figure, 3, 1, i, xlim=(steps[0], steps[-1])) for i in (1, 2, 3)]
+    for panel, label, colour, x in lines:
+        real = np.where(play.mask, x, np.nan)[steps, game]
+        panels[panel].plot(steps, real, color=colour, lw=1, label=label)
     for ax in panels:
-        ax.set_xlim(steps[0], steps[-1])
-        for t in steps[~play.mask[steps, game]]:
+        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        for t in steps[~play.mask[steps, game].numpy()]:
             ax.axvline(t, color=GREY, lw=0.8)
-    worst = sorted(np.argsort(-np.nan_to_num(gap(loss)), kind="stable")[:8])
-    panels[2].plot(steps[worst], gap(loss)[worst], "o", color=BLUE, ms=4)
+    panels[2].plot(worst, loss[worst, game], "o", color=BLUE, ms=4)
+    panels[2].set(yscale="log", xlabel="step")
+    strip = grid([[(play.pictures[t, game], f"step {t}: {loss[t, game]:.2g}") for t in worst]])
+    page.figure(strip, "frames with the largest transition losses")
     page.figure(figure, "V, reward and transition loss over the steps")
-
-    frames = play.pictures[steps, game]
-    strip = Figure(figsize=(9, 1.7), layout="constrained")
-    for i, t in enumerate(worst):
-        show_picture(strip.add_subplot(1, 8, i + 1), frames[t], f"step {steps[t]}\nℓ_P {shown(float(gap(loss)[t]))}")
-    page.text("The frames at the eight largest of these ℓ_P (dots above): here the model is most wrong.")
-    page.figure(strip, "frames at the largest transition losses")
-
-    figure.set_dpi(60)
-    figure.savefig(content := io.BytesIO(), format="png", dpi=60)
-    chart = Image.open(content).convert("RGB")
-    height = 240
-    movie = []
-    for t, frame in zip(steps, frames, strict=True):
-        frame = Image.fromarray(frame).convert("RGB")
-        frame = frame.resize((frame.width * height // frame.height, height), Image.Resampling.NEAREST)
-        picture = Image.new("RGB", (chart.width, chart.height + height), "white")
-        picture.paste(frame, ((chart.width - frame.width) // 2, 0))
-        picture.paste(chart, (0, height))
-        x = panels[2].transData.transform((t, 0))[0]
-        ImageDraw.Draw(picture).line((x, height, x, picture.height), fill="#d00000")
-        movie.append(picture.quantize(48, dither=Image.Dither.NONE))
-    movie[0].save(content := io.BytesIO(), "GIF", save_all=True, append_images=movie[1:], duration=120, loop=0)
-    page.text("The same as a film.")
-    page.picture(content.getvalue(), "film of the steps", "gif")
 
 
 def open_loop(page: Page, model: Model, play: Play, seed: int) -> None:
     """P̄ unrolled: error over k, and pictures."""
     steps, errors, counts, chain = unroll(model, play)
-    page.text(
-        f"From the latent of every {HORIZON}th step of every game ({counts[0].sum()} starts) P̄'s mean is applied k "
-        "times, with the actions really taken. Error: d̄ of the result to the latent of the true frame k steps later; of "
-        "'copy' that of the start's own latent, of 'mean' that of the mean of all latents of these games. A chain ends "
-        "where its episode ends. The interval is of 95 %, over starts, drawn game by game."
-    )
     rows = []
-    for k in range(1, HORIZON + 1):
-        of_predictors = [interval(x, counts[k - 1], seed) for x in errors[k - 1]]
-        if counts[k - 1].any():
-            rows.append((k, int(counts[k - 1].sum()), *(x for triple in of_predictors for x in triple)))
-    names = [f"{name}{end}" for name in ("P̄", "copy", "mean") for end in ("", " low", " high")]
-    page.table("open_loop", ("k", "starts", *names), rows)
+    for k in (k for k in range(1, HORIZON + 1) if counts[k - 1].any()):
+        triples = [interval(x, counts[k - 1], seed) for x in errors[k - 1]]
+        rows.append((k, int(counts[k - 1].sum()), *itertools.chain(*triples)))
+    page.table("open_loop", ["k", "starts", *(x + end for x in ("P̄", "copy", "mean") for end in ENDS)], rows)
     figure = Figure(figsize=(6, 3.2), layout="constrained")
-    ax, k = axes(figure), [row[0] for row in rows]
-    for i, (name, colour) in enumerate((("P̄", BLUE), ("copy", ORANGE), ("mean", GREY))):
-        value, low, high = ([row[2 + 3 * i + j] for row in rows] for j in range(3))
-        ax.plot(k, value, color=colour, label=name)
-        ax.fill_between(k, low, high, color=colour, alpha=0.2)
-    ax.set_xlabel("k"), ax.set_ylabel("d̄ to the true latent"), ax.set_ylim(0), ax.legend(frameon=False)
+    ax = axes(figure, xlabel="k", ylabel="d̄ to the true latent", yscale="log")
+    compare(ax, [row[0] for row in rows], rows, {"P̄": 2, "copy": 5, "mean": 8})
     page.figure(figure, "error over k")
 
-    whole = np.argwhere(counts[-1])
-    if not len(whole):
-        page.text(f"No episode lasts {HORIZON} steps from a start: no pictures.", "note")
-        return
+    whole, found = np.argwhere(counts[-1]), []
     page.text(
-        "Three of these chains, evenly spaced. Above the true frame; in the middle the frame of another game whose "
-        "latent is nearest to the predicted one; below that nearest to the true latent, the best there is to show."
+        f"Three of the {len(whole)} whole chains, evenly spaced. Above the true frame; in the middle the frame of "
+        "another game whose latent is nearest to the predicted one, and its d̄ to it; below the one that is nearest to "
+        "the true latent: the best that could be shown."
     )
-    found = []
-    for s, game in whole[np.linspace(0, len(whole) - 1, 3).astype(int)]:
-        figure = Figure(figsize=(9, 3.7), layout="constrained")
-        for column, k in enumerate(SHOWN):
-            t, start = steps[s] + k, s * counts.shape[2] + game
-            predicted = nearest(play, chain[k][start][None], game)
-            best = nearest(play, play.z[t, game][None], game)
+    for s, game in whole[[len(whole) * i // 6 for i in (1, 3, 5)]] if len(whole) else ():
+        shown = [[], [], []]
+        for k in SHOWN:
+            at, latent = (steps[s] + k, game), chain[k].unflatten(0, counts.shape[1:])[s, game]
+            predicted, best = nearest(play, latent, game), nearest(play, play.z[at], game)
             found.append((int(game), int(steps[s]), k, *predicted, *best))
-            for row, (at, title) in enumerate((((t, game), f"k = {k}"), (predicted, "P̄"), (best, "best"))):
-                title = title if row == 0 else f"{title}: {at[2]:.2g}"
-                show_picture(
-                    figure.add_subplot(3, len(SHOWN), row * len(SHOWN) + column + 1), play.pictures[at[:2]], title
-                )
-        page.text(f"Game {game}, from step {steps[s]}; under P̄ and 'best' their d̄ to the frame that is shown.")
-        page.figure(figure, "true frame, nearest to the prediction, nearest to the truth")
-    header = (
-        "game",
-        "start",
-        "k",
-        "step of P̄'s",
-        "game of P̄'s",
-        "d̄ of P̄'s",
-        "step of best",
-        "game of best",
-        "d̄ of best",
-    )
-    page.table("nearest", header, found, is_shown=False)
+            shown[0].append((play.pictures[at], f"k = {k}"))
+            shown[1].append((play.pictures[predicted[:2]], f"P̄: {predicted[2]:.2g}"))
+            shown[2].append((play.pictures[best[:2]], f"best: {best[2]:.2g}"))
+        page.text(f"Game {game}, from step {steps[s]}:")
+        page.figure(grid(shown), "true frames, nearest to the prediction, nearest to the truth")
+    columns = [f"{x} of {who}" for who in ("P̄", "best") for x in ("step", "game", "d̄")]
+    page.table("nearest", ["game", "start", "k", *columns], found, is_shown=False)
 
 
 def calibration(page: Page, model: Model, args: object, play: Play, found: dict[str, np.ndarray]) -> None:
     """Losses on the policy's own data, and on data of perturbed ones."""
-    page.text(
-        "C = 1 is the policy itself. For C > 1 each game has a perturbed policy of its own: action a is pushed up in "
-        "states where ⟨v, z - mean latent⟩ > 0, with a random v for each game and action, and down in the others. As "
-        "much probability moves from the actions pushed down to those pushed up as leaves all ratios π'(a|s)/π(a|s) in "
-        "[1/C, C], which is part of N^C. Of continuous actions the half-space in that direction is pushed up. 'Moved' is "
-        "the mean probability that moved: of a policy that is sure of itself little can. 'Transitions' are those "
-        "played, resets left out; the ratios are the least and the largest met."
-    )
-    centre = play.z[:-1][torch.from_numpy(play.mask)].mean(0)
-    kinds = [("L_P", "transition_loss", "transition_loss_copy")]
-    kinds += [("L_P sample", "transition_loss_sample", "transition_loss_copy")]
-    kinds += [("L_R", "reward_loss", "reward_loss_zero")] * model.has_reward
-    policies, rows = [], []
+    centre, rows = play.z[:-1][play.mask].mean(0), []
+    kinds = {"L_P": ("transition_loss", "transition_loss_copy")}
+    kinds["L_P sample"] = ("transition_loss_sample", "transition_loss_copy")
+    if model.has_reward:
+        kinds["L_R"] = ("reward_loss", "reward_loss_zero")
+    policies = []
     for bound in (1.0, *BOUNDS):
         if bound > 1:
             play = record(model, args, len(play.rewards), bound, centre)
             found = losses(model, play)
-        real = torch.from_numpy(play.mask)
-        ratios, moved = play.ratios[real], float(play.moved[real].mean())
-        policies.append((bound, int(play.mask.sum()), float(ratios.min()), float(ratios.max()), moved))
-        for name, loss, trivial in kinds:
+        ratios, moved, mask = play.ratios[play.mask], play.moved[play.mask], play.mask.numpy()
+        policies.append((bound, len(moved), ratios.min().item(), ratios.max().item(), moved.mean().item()))
+        for name, (loss, trivial) in kinds.items():
             of_three = (found[loss], found[trivial], found[loss] - found[trivial])
-            rows.append((name, bound, *(end for x in of_three for end in interval(x, play.mask, args.seed))))
-    page.table("policies", ("C", "transitions", "least ratio", "largest ratio", "moved"), policies)
-    page.text(
-        "L_P and L_R are the means of ℓ_P = d̄(z', z̄') and of the script's ℓ_R over these transitions: L_P with P̄'s "
-        "mean, 'L_P sample' with a sample of it as in training (the same where P̄ has no noise). 'Trivial' is what z' = z "
-        "pays, or always predicting the reward 0; 'difference' is loss less trivial: below 0 the model knows more. "
-        "Low and high: the 95 % interval over games."
-    )
-    names = [f"{name}{end}" for name in ("mean", "trivial", "difference") for end in ("", " low", " high")]
-    page.table(
-        "calibration", ("loss", "C", *names), sorted(rows, key=lambda row: [kind[0] for kind in kinds].index(row[0]))
-    )
+            triples = [interval(x, mask, args.seed) for x in of_three]
+            rows.append((name, bound, *itertools.chain(*triples)))
+    page.table("policies", ["C", "transitions", "least ratio", "largest ratio", "moved"], policies)
+    names = [x + end for x in ("mean", "trivial", "less trivial") for end in ENDS]
+    page.table("calibration", ["loss", "C", *names], sorted(rows, key=lambda row: list(kinds).index(row[0])))
     figure = Figure(figsize=(9, 2.8), layout="constrained")
-    for i, (name, _, _) in enumerate(kinds):
-        ax, of_kind = axes(figure, 1, len(kinds), i + 1, title=name), [row for row in rows if row[0] == name]
-        for j, label, colour in ((2, "model", BLUE), (5, "trivial", ORANGE)):
-            value, low, high = (np.array([row[j + end] for row in of_kind]) for end in range(3))
-            x = np.arange(len(value)) + (j - 3.5) / 30
-            ax.errorbar(x, value, (value - low, high - value), fmt="o", ms=4, color=colour, label=label)
-        ax.set_xticks(range(len(of_kind)), [f"C = {row[1]:g}" for row in of_kind])
-        ax.set_ylim(0), ax.legend(frameon=False, fontsize=8)
+    for i, name in enumerate(kinds):
+        of_kind = [row for row in rows if row[0] == name]
+        ax = axes(figure, 1, len(kinds), i + 1, title=name, yscale="linear" if name == "L_R" else "log")
+        compare(ax, [f"C = {row[1]:g}" for row in of_kind], of_kind, {"model": 2, "trivial": 5})
     page.figure(figure, "losses over the bound C")
 
 
 def reward(page: Page, play: Play, found: dict[str, np.ndarray]) -> None:
     """R̄ by true reward."""
-    page.text(
-        "Rewards as the learner sees them (on Atari clipped to their sign, on vectors scaled), over the policy's own "
-        "transitions: their count, mean true reward, mean and standard deviation of R̄, by true reward; where there are "
-        "more than 12 values, by range. A model that knows rewards has its mean prediction near the true mean."
-    )
-    true, predicted, rows = play.rewards.numpy()[play.mask], found["predicted_reward"][play.mask], []
+    mask, rows = play.mask.numpy(), []
+    true, predicted = (x[mask].astype(np.float64) for x in (play.rewards.numpy(), found["predicted_reward"]))
     for name, members in reward_bins(true):
-        if members.any():
-            of_true, of_predicted = true[members].astype(np.float64), predicted[members].astype(np.float64)
-            rows.append(
-                (name, int(members.sum()), *map(float, (of_true.mean(), of_predicted.mean(), of_predicted.std())))
-            )
-    page.table("rewards", ("reward", "transitions", "mean true", "mean predicted", "std predicted"), rows)
+        r, guess = true[members], predicted[members]
+        rows.append((name, len(r), float(r.mean()), float(guess.mean()), float(guess.std())))
+    page.table("rewards", ["reward", "transitions", "mean r", "mean R̄", "std R̄"], rows)
 
 
 def representation(page: Page, play: Play, seed: int) -> None:
     """|ΔV| over d̄."""
     d, difference, K = value_pairs(play, seed)
-    page.text(
-        f"{len(d)} random pairs of observations of these games: |V(s1) - V(s2)| over d̄(z1, z2). K is the smallest number "
-        "with |V(s1) - V(s2)| <= K d̄(z1, z2) in 95 % of the pairs: the line. Where it is large, latents that are alike "
-        "have different values."
-    )
-    page.table(
-        "pairs", ("d̄", "|V(s1) - V(s2)|"), list(zip(d.tolist(), difference.tolist(), strict=True)), is_shown=False
-    )
+    names = ["d̄", "|V(s1) - V(s2)|"]
+    page.table("pairs", names, list(zip(d.tolist(), difference.tolist(), strict=True)), is_shown=False)
     row = (len(d), K, float(d.mean()), float(difference.mean()))
-    page.table("representation", ("pairs", "K", "mean d̄", "mean |V(s1) - V(s2)|"), [row])
+    page.table("representation", ["pairs", "K", *(f"mean {name}" for name in names)], [row])
     figure = Figure(figsize=(6, 3.4), layout="constrained")
-    ax = axes(figure, xlabel="d̄(z1, z2)", ylabel="|V(s1) - V(s2)|")
+    ax = axes(figure, xlabel=names[0], ylabel=names[1])
     ax.plot(d, difference, ".", ms=3, alpha=0.3, color=BLUE)
     if np.isfinite(K):
-        ax.plot((0, d.max()), (0, K * d.max()), color=ORANGE, label=f"K = {shown(K)}")
-        ax.legend(frameon=False)
+        ax.plot((0, d.max()), (0, K * d.max()), color=ORANGE)
     ax.set_xlim(0), ax.set_ylim(0, difference.max() * 1.05 + 1e-9)
     page.figure(figure, "value difference over latent distance")
 
@@ -606,21 +533,14 @@ def neighbourhood(page: Page, run_dir: Path, clip_coef: float) -> None:
     """The logged ratios, with N^C."""
     numbers, bins = logged_ratios(run_dir)
     if not bins:
-        page.text(
-            "The run has logged no histogram spi/ratios: it has no TensorBoard events, or no checkpoint yet.", "note"
-        )
+        page.text("This run has no such histogram: no TensorBoard events, or no checkpoint yet.")
         return
-    page.text(
-        "Ratios π_new(a|s)/π_old(a|s), as the run logged them at its last checkpoint: over the minibatches of the last "
-        f"epoch, each before its own step. N^C, here with C = 1 + ε = {1 + clip_coef:g}, lies between the lines. "
-        "TensorBoard's bins are 10 % wide: the share outside N^C is not read off them, but logged beside them."
-    )
-    page.table("neighbourhood", ("of the run", "value"), [*numbers.items(), ("C", 1 + clip_coef)])
-    page.table("ratios", ("from", "to", "count"), bins)
+    page.table("neighbourhood", ["of the run", "value"], [*numbers.items(), ("C", 1 + clip_coef)])
+    page.table("ratios", ["from", "to", "ratios"], bins)
+    low, high, count = np.array(bins).T
     figure = Figure(figsize=(6, 3), layout="constrained")
-    ax = axes(figure, xlabel="ratio", ylabel="(s, a), per unit of ratio")
-    lows, highs, counts = map(np.array, zip(*bins, strict=True))
-    ax.bar(lows, counts / (highs - lows), highs - lows, align="edge", color=BLUE, alpha=0.6, edgecolor="white")
+    ax = axes(figure, xlabel="ratio", ylabel="ratios, over the bin's width")
+    ax.bar(low, count / (high - low), high - low, align="edge", color=BLUE, alpha=0.6, edgecolor="white")
     for edge in (1 - clip_coef, 1 + clip_coef):
         ax.axvline(edge, color=ORANGE)
     page.figure(figure, "histogram of the ratios")
@@ -636,42 +556,29 @@ def main(own: Args) -> None:
     script = script_of(own.run, config, own.script)
     args = settings_of(script, config, own.seed, own.games)
     agent = make_agent(script, args, script.Games(args), state["agent"])
-    name = config["script"]
-    check(hasattr(agent, "transition_model"), "run", own.run, f"the agent of {name} has no world model to inspect")
+    check(hasattr(agent, "transition_model"), "run", own.run, f"{config['script']}'s agent has no world model")
     model = Model(script, agent, args, state)
     play = record(model, args, own.steps)
     found = losses(model, play)
 
-    page = Page(own.run / "inspection", f"What the world model knows: {args.env_id}, {name}")
-    trained = "its final weights"
-    if "iterations" in state:
-        trained = (
-            f"its weights after {state['iterations'] * config['args']['num_envs'] * config['args']['num_steps']} steps"
-        )
+    page = Page(own.run / "inspection", f"What the world model knows: {args.env_id}, {config['script']}")
+    steps = state.get("iterations", 0) * config["args"]["num_envs"] * config["args"]["num_steps"]
     page.text(
-        f"Run {own.run.resolve().name}, {trained}. {own.games} new games of {own.steps} steps (seed {own.seed}), actions "
-        f"sampled from the policy, float32 on the CPU: {play.mask.sum()} transitions. The latent has {play.z[0, 0].numel()} "
-        "numbers. d̄ is smooth-L1, mean over them; every loss of a latent is of this unit."
+        f"Run {own.run.resolve().name}, {f'after {steps} steps' if steps else 'final weights'}. {own.games} new games of "
+        f"{own.steps} steps (seed {own.seed}), actions sampled from the policy, float32 on the CPU: {play.mask.sum()} "
+        f"transitions. The latent has {play.z[0, 0].numel()} numbers; d̄ and ℓ_P are smooth-L1, mean over them."
     )
     for line in model.lacks:
-        page.text(line, "note")
-    page.heading("Film: where is the model wrong?")
-    film(page, play, found)
-    rows, columns = [], {"value": play.values[:-1].numpy(), "reward": play.rewards.numpy(), **found}
-    for t, game in np.argwhere(play.mask):
-        rows.append((int(game), int(t), *(float(x[t, game]) for x in columns.values())))
-    page.table("rows", ("game", "step", *columns), rows, is_shown=False)
-    page.heading("Open loop: what does the model see ahead?")
-    open_loop(page, model, play, own.seed)
-    page.heading("Calibration: what does the model know where other policies would be?")
-    calibration(page, model, args, play, found)
-    if model.has_reward:
-        page.heading("Reward: R̄ by true reward")
-        reward(page, play, found)
-    page.heading("Representation: do latents that are alike have like values?")
-    representation(page, play, own.seed)
-    page.heading("Neighbourhood: how far did the last update go?")
-    neighbourhood(page, own.run, args.clip_coef)
+        page.text(line)
+    sections = {film: (play, found), open_loop: (model, play, own.seed), calibration: (model, args, play, found)}
+    sections |= {reward: (play, found), representation: (play, own.seed), neighbourhood: (own.run, args.clip_coef)}
+    for title, (section, given) in zip(TEXTS, sections.items(), strict=True):
+        if section is not reward or model.has_reward:
+            page.section(title)
+            section(page, *given)
+    columns = {"value": play.values[:-1].numpy(), "reward": play.rewards.numpy(), **found}
+    rows = [(int(i), int(t), *(float(x[t, i]) for x in columns.values())) for t, i in np.argwhere(play.mask.numpy())]
+    page.table("rows", ["game", "step", *columns], rows, is_shown=False)
     print(f"{page.write()}: open it in a browser")
 
 
