@@ -147,6 +147,24 @@ def tilt(probs: Tensor, is_up: Tensor, bound: float) -> Tensor:
     return torch.where(is_up, 1 + m / p.clamp(min=1e-300), 1 - m / (1 - p).clamp(min=1e-300))
 
 
+def act(policy: Tensor | tuple[Tensor, Tensor], push: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Actions of the policy that is tilted to where push (N, A) is positive; the probabilities before, and the ratios.
+
+    policy: log-probabilities (N, A), or a normal's mean (N, A) and log_std (A,). Of a normal the two half-spaces are
+    tilted that lie in the direction of push and against it: they have probability ½ each.
+    """
+    if isinstance(policy, Tensor):
+        probs = policy.double().exp()
+        ratios = tilt(probs, push > 0, bound)
+        return torch.multinomial((probs * ratios).float(), num_samples=1).squeeze(-1), probs, ratios
+    mean, log_std = policy
+    probs = torch.full((len(mean), 2), 0.5, dtype=torch.float64)
+    ratios = tilt(probs, torch.tensor([True, False]), bound)
+    noise, is_up = torch.randn_like(mean), torch.rand(len(mean)) < (probs * ratios)[:, 0]
+    sign = torch.where(((noise * push).sum(-1) > 0) == is_up, 1, -1)
+    return mean + log_std.exp() * sign[:, None] * noise, probs, ratios
+
+
 class Play(NamedTuple):
     """T steps of N games."""
 
@@ -173,8 +191,7 @@ def record(model: Model, args: object, steps: int, bound: float = 1.0, centre: T
     """Play. With a bound C > 1 each game has a perturbed policy of its own, a function of its latent.
 
     Action a is pushed up where ⟨v, z - centre⟩ > 0, with a random v of this game and action, down elsewhere. So the
-    push is the same whenever the state is: signs drawn anew at each step would average out. Of continuous actions the
-    half-space in the direction of these products is pushed up.
+    push is the same whenever the state is: signs drawn anew at each step would average out.
     """
     torch.manual_seed(args.seed)
     is_pictured = registry.specs[args.env_id][0] in PICTURED and bound == 1
@@ -196,17 +213,7 @@ def record(model: Model, args: object, steps: int, bound: float = 1.0, centre: T
             break
         outputs = policy[0] if is_normal else policy
         v = torch.randn(*outputs.shape, z[0].numel()) if v is None else v
-        push = torch.einsum("nad,nd->na", v, (z - centre).flatten(1))
-        if is_normal:
-            probs = torch.full((len(z), 2), 0.5, dtype=torch.float64)  # of the half-space that is pushed up, the other
-            ratios = tilt(probs, torch.tensor([True, False]), bound)
-            noise, is_up = torch.randn_like(outputs), torch.rand(len(z)) < (probs * ratios)[:, 0]
-            sign = torch.where(((noise * push).sum(-1) > 0) == is_up, 1, -1)
-            actions = outputs + policy[1].exp() * sign[:, None] * noise
-        else:
-            probs = policy.double().exp()
-            ratios = tilt(probs, push > 0, bound)
-            actions = torch.multinomial((probs * ratios).float(), num_samples=1).squeeze(-1)
+        actions, probs, ratios = act(policy, torch.einsum("nad,nd->na", v, (z - centre).flatten(1)), bound)
         obs, rewards, _, is_last, _ = games.step(actions)
         done.append((actions, rewards.float(), ratios, 0.5 * (probs * (ratios - 1).abs()).sum(-1)))
     z, values, pictures, is_last = map(torch.stack, zip(*seen, strict=True))
@@ -313,7 +320,7 @@ def logged_ratios(run_dir: Path) -> tuple[dict, list[tuple[float, float, float]]
 # ---- The page
 
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 14px } th, td { padding: .2em .6em; text-align: right }
+table { border-collapse: collapse; font-size: 14px; margin: 1em 0 } th, td { padding: .2em .6em; text-align: right }
 th { border-bottom: 2px solid #888 } td { border-bottom: 1px solid #ddd } img { max-width: 100% }"""
 
 TEXTS = {
@@ -332,7 +339,7 @@ where ⟨v, z - mean latent⟩ > 0, with a random v for each game and action, an
 moves from the actions pushed down to those pushed up as leaves every ratio π'(a|s)/π(a|s) in [1/C, C], which is part
 of N^C. Of continuous actions the half-space in that direction is pushed up. 'Moved' is the mean probability that moved:
 little, where the policy is sure of itself. The ratios are the least and the largest met. 'Transitions' are those
-played. L_P and L_R are the means of ℓ_P and ℓ_R over them: L_P with P̄'s mean, 'L_P sample' with a sample of it as in
+played. L_P, L_R are the means of ℓ_P and ℓ_R over them: L_P with P̄'s mean, 'L_P sample' with a sample of it as in
 training (the same where P̄ has no noise). 'Trivial' is what z' = z pays, or always predicting the reward 0. 'Less
 trivial' is the difference: where it is below 0 the model knows more. Low and high: the 95 % interval over games.""",
     "Reward: R̄ by true reward": """
@@ -343,8 +350,8 @@ Random pairs of observations of these games: |V(s1) - V(s2)| over d̄(z1, z2). K
 |V(s1) - V(s2)| <= K d̄(z1, z2) in 95 % of the pairs: the line. The smaller, the better do latents tell values.""",
     "Neighbourhood: how far did the last update go?": """
 Ratios π_new(a|s)/π_old(a|s) as the run logged them at its last checkpoint: in the minibatches of the last epoch, each
-before its own step. N^C, with C = 1 + ε, lies between the two lines. TensorBoard's bins are 10 % wide, so the share
-outside N^C is not counted in them: it is the run's own number, of its last iteration, as are the others in the table.""",
+before its own step. N^C, with C = 1 + ε, lies between the two lines. TensorBoard's bins are 10 % wide: the share
+outside N^C is not counted in them, but is the run's own number, of its last iteration, as are the others here.""",
 }
 
 
@@ -564,9 +571,9 @@ def main(own: Args) -> None:
     page = Page(own.run / "inspection", f"What the world model knows: {args.env_id}, {config['script']}")
     steps = state.get("iterations", 0) * config["args"]["num_envs"] * config["args"]["num_steps"]
     page.text(
-        f"Run {own.run.resolve().name}, {f'after {steps} steps' if steps else 'final weights'}. {own.games} new games of "
-        f"{own.steps} steps (seed {own.seed}), actions sampled from the policy, float32 on the CPU: {play.mask.sum()} "
-        f"transitions. The latent has {play.z[0, 0].numel()} numbers; d̄ and ℓ_P are smooth-L1, mean over them."
+        f"Run {own.run.resolve().name}, {f'after {steps} steps' if steps else 'final weights'}. {own.games} new games "
+        f"of {own.steps} steps (seed {own.seed}), actions sampled from the policy, float32 on the CPU: "
+        f"{play.mask.sum()} transitions. The latent has {play.z[0, 0].numel()} numbers; d̄ and ℓ_P are smooth-L1, mean over them."
     )
     for line in model.lacks:
         page.text(line)
