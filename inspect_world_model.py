@@ -28,6 +28,7 @@ import inspect
 import io
 import itertools
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -293,18 +294,23 @@ def reward_bins(rewards: np.ndarray) -> list[tuple[str, np.ndarray]]:
     return [(f"{edges[i]:.3g} to {edges[i + 1]:.3g}", groups == i) for i in range(len(edges) - 1)]
 
 
-def value_pairs(play: Play, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """d̄(z1, z2) and |V(s1) - V(s2)| of random pairs, (B,) each; and the smallest K with |ΔV| <= K d̄ in 95 % of them."""
-    z, values, rng = play.z[:-1][play.mask], play.values[:-1][play.mask], np.random.default_rng(seed)
+def value_pairs(play: Play, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """d̄(z1, z2), mean |z1 - z2| and |V(s1) - V(s2)| of random pairs: (B,) each."""
+    z, values, rng = play.z[:-1][play.mask].flatten(1), play.values[:-1][play.mask], np.random.default_rng(seed)
     first = rng.integers(len(z), size=NUM_PAIRS)
     second = (first + rng.integers(1, max(2, len(z)), size=NUM_PAIRS)) % len(z)  # another
-    d = batched(distance, z[first], z[second]).double().numpy()
-    difference = (values[first] - values[second]).abs().double().numpy()
-    slopes = np.divide(difference, d, out=np.where(difference > 0, np.inf, 0.0), where=d > 0)
-    return d, difference, float(np.sort(slopes)[int(np.ceil(0.95 * len(slopes))) - 1])
+    absolute = batched(lambda x, y: (x - y).abs().mean(-1), z[first], z[second])
+    of_pairs = (batched(distance, z[first], z[second]), absolute, (values[first] - values[second]).abs())
+    return tuple(x.double().numpy() for x in of_pairs)
 
 
-def logged_ratios(run_dir: Path) -> tuple[dict, list[tuple[float, float, float]]]:
+def smallest_slope(x: np.ndarray, y: np.ndarray) -> float:
+    """The smallest K with y <= K x in 95 % of the pairs (B,)."""
+    slopes = np.divide(y, x, out=np.where(y > 0, np.inf, 0.0), where=x > 0)
+    return float(np.sort(slopes)[int(np.ceil(0.95 * len(slopes))) - 1])
+
+
+def logged_ratios(run_dir: Path) -> tuple[dict, list[tuple[float, float, int]]]:
     """The newest `spi/` numbers, and the histogram `spi/ratios` as (low, high, count); empty if there is none."""
     events = EventAccumulator(str(run_dir), size_guidance={"histograms": 1, "scalars": 1})
     events.Reload()
@@ -314,7 +320,7 @@ def logged_ratios(run_dir: Path) -> tuple[dict, list[tuple[float, float, float]]
     names = [name for name in events.Tags()["scalars"] if name.startswith("spi/")]
     numbers = {"step": event.step} | {name.removeprefix("spi/"): events.Scalars(name)[-1].value for name in names}
     edges, counts = event.histogram_value.bucket_limit, event.histogram_value.bucket
-    return numbers, [(low, high, n) for low, high, n in zip(edges, edges[1:], counts[1:], strict=False) if n]
+    return numbers, [(low, high, int(n)) for low, high, n in zip(edges, edges[1:], counts[1:], strict=False) if n]
 
 
 # ---- The page
@@ -326,8 +332,8 @@ th { border-bottom: 2px solid #888 } td { border-bottom: 1px solid #ddd } img { 
 TEXTS = {
     "Film: where is the model wrong?": """
 V is the critic's value of a frame, R̄ the reward predicted for the action taken, r the true one. ℓ_P is the distance
-d̄ of the next latent to P̄'s mean, 'copy' its distance to the present latent. Vertical lines: an episode ends. Above: of
-each eighth of these steps the frame with the largest ℓ_P, a dot below.""",
+d̄ of the next latent to P̄'s mean, 'copy' its distance to the present latent. Vertical lines: an episode ends. The
+pictures: of each eighth of these steps the frame with the largest ℓ_P, in the chart a dot.""",
     "Open loop: what does the model see ahead?": f"""
 From the latent of every {HORIZON}th step of every game, P̄'s mean is applied k times, with the actions really taken. The
 error is d̄ of the result to the latent of the true frame k steps later; of 'copy' it is d̄ of the start's own latent to
@@ -347,7 +353,8 @@ Rewards as the learner sees them (on Atari their sign, on vectors scaled), of th
 true reward, or for ranges of it, the count, the mean of r, the mean and the standard deviation of R̄.""",
     "Representation: do latents that are alike have like values?": """
 Random pairs of observations of these games: |V(s1) - V(s2)| over d̄(z1, z2). K is the smallest number such that
-|V(s1) - V(s2)| <= K d̄(z1, z2) in 95 % of the pairs: the line. The smaller, the better do latents tell values.""",
+|V(s1) - V(s2)| <= K d̄(z1, z2) in 95 % of the pairs: the line. Smooth-L1 is quadratic where latents differ by less than
+1, so d̄ makes near pairs nearer and K larger: beside it the same with the mean absolute difference.""",
     "Neighbourhood: how far did the last update go?": """
 Ratios π_new(a|s)/π_old(a|s) as the run logged them at its last checkpoint: in the minibatches of the last epoch, each
 before its own step. N^C, with C = 1 + ε, lies between the two lines. TensorBoard's bins are 10 % wide: the share
@@ -369,7 +376,7 @@ class Page:
     def text(self, text: str) -> None:
         self.body.append(f"<p>{html.escape(text.strip())}</p>")
 
-    def table(self, name: str, header: list[str], rows: list[tuple], is_shown: bool = True) -> None:
+    def table(self, name: str, header: Sequence[str], rows: list[Sequence], is_shown: bool = True) -> None:
         """Write name.csv; show it too, with 3 digits."""
         with open(self.folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
@@ -400,13 +407,19 @@ def axes(figure: Figure, *place: int, **settings) -> object:
 
 
 def grid(rows: list[list[tuple[np.ndarray, str]]]) -> Figure:
-    """Rows of eight pictures, each with a title."""
-    h, w = rows[0][0][0].shape[:2]
-    figure = Figure(figsize=(9, len(rows) * (0.4 + 1.1 * min(1.0, h / w))), layout="constrained")
-    for i, (picture, title) in enumerate(itertools.chain(*rows)):
-        ax = figure.add_subplot(len(rows), 8, i + 1, xticks=[], yticks=[])
-        ax.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto" if h == 48 else "equal")
-        ax.set_title(title, fontsize=8)
+    """Rows of eight pictures, each with a title, as one picture: 32 axes take a second to lay out."""
+    w = rows[0][0][0].shape[1]
+    edge, top = w // 16 + 1, w // 6 + 1
+    margins = ((top, 0), (edge, edge), (0, 0))
+    framed = [[np.pad(np.atleast_3d(x), margins, constant_values=255) for x, _ in row] for row in rows]
+    whole = np.concatenate([np.concatenate(row, axis=1) for row in framed])
+    figure = Figure(figsize=(9, 9 * len(whole) / whole.shape[1]))
+    ax = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
+    ax.imshow(whole, cmap="gray", vmin=0, vmax=255)
+    height, width = len(whole) / len(rows), whole.shape[1] / 8
+    for y, row in enumerate(rows):
+        for x, (_, title) in enumerate(row):
+            ax.text((x + 0.5) * width, y * height + 0.9 * top, title, fontsize=8, ha="center", va="bottom")
     return figure
 
 
@@ -521,18 +534,20 @@ def reward(page: Page, play: Play, found: dict[str, np.ndarray]) -> None:
 
 
 def representation(page: Page, play: Play, seed: int) -> None:
-    """|ΔV| over d̄."""
-    d, difference, K = value_pairs(play, seed)
-    names = ["d̄", "|V(s1) - V(s2)|"]
-    page.table("pairs", names, list(zip(d.tolist(), difference.tolist(), strict=True)), is_shown=False)
-    row = (len(d), K, float(d.mean()), float(difference.mean()))
-    page.table("representation", ["pairs", "K", *(f"mean {name}" for name in names)], [row])
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    ax = axes(figure, xlabel=names[0], ylabel=names[1])
-    ax.plot(d, difference, ".", ms=3, alpha=0.3, color=BLUE)
-    if np.isfinite(K):
-        ax.plot((0, d.max()), (0, K * d.max()), color=ORANGE)
-    ax.set_xlim(0), ax.set_ylim(0, difference.max() * 1.05 + 1e-9)
+    """|ΔV| over the distance of the latents."""
+    names = ("d̄(z1, z2)", "mean |z1 - z2|", "|V(s1) - V(s2)|")
+    *distances, difference = columns = value_pairs(play, seed)
+    page.table("pairs", names, np.stack(columns, axis=1).tolist(), is_shown=False)
+    figure, rows = Figure(figsize=(9, 3.4), layout="constrained"), []
+    for i, (name, d) in enumerate(zip(names, distances, strict=False)):
+        K = smallest_slope(d, difference)
+        rows.append((name, len(d), K, float(d.mean()), float(difference.mean())))
+        ax = axes(figure, 1, 2, i + 1, xlabel=name, ylabel=names[2])
+        ax.plot(d, difference, ".", ms=3, alpha=0.3, color=BLUE)
+        if np.isfinite(K):
+            ax.plot((0, d.max()), (0, K * d.max()), color=ORANGE)
+        ax.set_xlim(0), ax.set_ylim(0, difference.max() * 1.05 + 1e-9)
+    page.table("representation", ("distance", "pairs", "K", "mean distance", f"mean {names[2]}"), rows)
     page.figure(figure, "value difference over latent distance")
 
 
@@ -573,7 +588,8 @@ def main(own: Args) -> None:
     page.text(
         f"Run {own.run.resolve().name}, {f'after {steps} steps' if steps else 'final weights'}. {own.games} new games "
         f"of {own.steps} steps (seed {own.seed}), actions sampled from the policy, float32 on the CPU: "
-        f"{play.mask.sum()} transitions. The latent has {play.z[0, 0].numel()} numbers; d̄ and ℓ_P are smooth-L1, mean over them."
+        f"{play.mask.sum()} transitions. The latent has {play.z[0, 0].numel()} numbers; d̄ and ℓ_P are smooth-L1, mean "
+        "over them."
     )
     for line in model.lacks:
         page.text(line)

@@ -228,7 +228,7 @@ def test_bars_show_the_observation():
 @SCRIPTS
 @torch.no_grad()
 def test_losses_against_a_plain_loop(script, plays):
-    model, args, play = plays(script)
+    model, _, play = plays(script)
     found = inspected.losses(model, play)
     agent, P = model.agent, model.agent.transition_model
     for t, i in some_rows(play):
@@ -373,13 +373,10 @@ def test_reward_bins_share_out_every_reward():
                 assert low - 0.01 <= rewards[members].min() and rewards[members].max() <= high + 0.01
 
 
-def test_pairs_and_K_against_a_plain_loop(plays):
+def test_pairs_against_a_plain_loop(plays):
     _, _, play = plays(deep_spi_ppo)
-    d, difference, K = inspected.value_pairs(play, seed=3)
-    assert len(d) == len(difference) == inspected.NUM_PAIRS
-    covered = sum(v <= K * x * (1 + 1e-12) for v, x in zip(difference, d, strict=True)) / len(d)
-    below = sum(v <= K * x * (1 - 1e-9) for v, x in zip(difference, d, strict=True)) / len(d)
-    assert covered >= 0.95 > below
+    d, absolute, difference = inspected.value_pairs(play, seed=3)
+    assert len(d) == len(absolute) == len(difference) == inspected.NUM_PAIRS
     real = np.argwhere(play.mask.numpy()).tolist()
     rng = np.random.default_rng(3)
     first = rng.integers(len(real), size=inspected.NUM_PAIRS)
@@ -388,14 +385,20 @@ def test_pairs_and_K_against_a_plain_loop(plays):
         one, two = real[first[n]], real[(first[n] + offset[n]) % len(real)]
         assert one != two
         assert d[n] == pytest.approx(smooth_l1(play.z[*one], play.z[*two]), rel=1e-3, abs=1e-9)
+        by_hand = sum(abs(float(x) - float(y)) for x, y in zip(play.z[*one], play.z[*two], strict=True)) / 32
+        assert absolute[n] == pytest.approx(by_hand, rel=1e-4, abs=1e-7)
         assert difference[n] == pytest.approx(abs(float(play.values[*one]) - float(play.values[*two])), abs=1e-6)
 
 
-def test_K_is_infinite_where_like_latents_have_other_values(plays):
-    _, _, play = plays(deep_spi_ppo)
-    merged = play._replace(z=torch.zeros_like(play.z))
-    assert inspected.value_pairs(merged, 0)[2] == math.inf
-    assert inspected.value_pairs(merged._replace(values=torch.zeros_like(play.values)), 0)[2] == 0
+def test_smallest_slope_covers_95_percent_and_no_smaller_one_does():
+    rng = np.random.default_rng(0)
+    for count in (20, 21, 39, 1000):
+        x, y = rng.random(count), rng.random(count)
+        K = inspected.smallest_slope(x, y)
+        assert sum(y <= K * x * (1 + 1e-12)) / count >= 0.95 > sum(y <= K * x * (1 - 1e-9)) / count
+    ones, zeros = np.ones(20), np.zeros(20)
+    assert inspected.smallest_slope(zeros, ones) == math.inf  # like latents, other values
+    assert inspected.smallest_slope(zeros, zeros) == inspected.smallest_slope(ones, zeros) == 0
 
 
 def test_the_newest_histogram_is_read(tmp_path):
