@@ -641,7 +641,7 @@ def test_page_in_a_browser(script, tmp_path):
     probe = path.with_name("probe.html")
     probe.write_text(path.read_text().replace("</html>", report + "</html>"))
     dom = in_browser(probe, "--window-size=1000,1000", "--dump-dom")
-    seen = json.loads(html.unescape(re.search(r"\{.*\}", dom)[0]))
+    seen = json.loads(re.search(r'\{"height.*\]\]\}', html.unescape(dom))[0])
     sizes = [picture.size for picture in pictures_of(path.read_text())]
     assert len(sizes) >= 7 and [tuple(image[:2]) for image in seen["images"]] == sizes  # all decoded
     assert seen["width"] <= 1000 and 2500 < seen["height"] < 8000  # nothing sticks out
