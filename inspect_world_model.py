@@ -87,14 +87,12 @@ class Model:
     def __init__(self, script: ModuleType, agent: torch.nn.Module, args: object, state: dict):
         P, self.script, self.agent, self.scaler, self.lacks = agent.transition_model, script, agent.eval(), None, []
         self.takes_noise = "noise" in inspect.signature(getattr(P, "forward", P)).parameters
-        self.has_reward = hasattr(agent, "reward_model") or hasattr(agent, "reward_decoder")
+        self.has_reward = hasattr(script, "reward_loss") and bool({"reward_model", "reward_decoder"} & set(dir(agent)))
         if not self.has_reward:
             self.lacks.append("The agent has no reward model: R̄, L_R and the table of rewards are left out.")
         elif hasattr(script, "RewardScaler") and "reward_scaler" not in state:
             self.has_reward = False
-            self.lacks.append(
-                "R̄ predicts scaled rewards, and the scale was in checkpoint.pt, which is gone: no R̄, L_R."
-            )
+            self.lacks.append("R̄ predicts scaled rewards, but the scale was in checkpoint.pt, which is gone: no R̄.")
         elif hasattr(script, "RewardScaler"):
             self.scaler = script.RewardScaler(args.num_envs, args.gamma)
             self.scaler.load_state_dict(state["reward_scaler"])
@@ -343,8 +341,8 @@ that, of 'mean' d̄ of the mean latent of all these games. A chain ends where it
 C = 1 is the policy itself. For a larger C each game has a perturbed policy of its own: action a is pushed up in states
 where ⟨v, z - mean latent⟩ > 0, with a random v for each game and action, and down in the others. As much probability
 moves from the actions pushed down to those pushed up as leaves every ratio π'(a|s)/π(a|s) in [1/C, C], which is part
-of N^C. Of continuous actions the half-space in that direction is pushed up. 'Moved' is the mean probability that moved:
-little, where the policy is sure of itself. The ratios are the least and the largest met. 'Transitions' are those
+of N^C. Of continuous actions the half-space in that direction is pushed up, to ratio 2 - 1/C. 'Moved' is the mean
+probability that moved: little, where the policy is sure of itself. The ratios are the least and the largest met. 'Transitions' are those
 played. L_P, L_R are the means of ℓ_P and ℓ_R over them: L_P with P̄'s mean, 'L_P sample' with a sample of it as in
 training (the same where P̄ has no noise). 'Trivial' is what z' = z pays, or always predicting the reward 0. 'Less
 trivial' is the difference: where it is below 0 the model knows more. Low and high: the 95 % interval over games.""",
