@@ -112,8 +112,8 @@ def script_of(run_dir: Path, config: dict, given: Path | None) -> ModuleType:
     return load_script(path, original.parent if original.is_file() else path.resolve().parent)
 
 
-def load_weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The agent's newest weights: those in checkpoint.pt, which is written last, and else agent.pt.
+def load_state(run_dir: Path) -> dict:
+    """What checkpoint.pt holds, which is written last; if there is none, agent.pt's weights under "agent".
 
     Raises SystemExit(2) if there are neither, or if they are damaged.
     """
@@ -124,9 +124,14 @@ def load_weights(run_dir: Path) -> dict[str, torch.Tensor]:
             damaged = content.testzip()
         check(damaged is None, "run", path, f"is damaged: {damaged} is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state["agent"] if path.name == "checkpoint.pt" else state
+        return state | {"agent": state["agent"]} if path.name == "checkpoint.pt" else {"agent": state}
     except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, NotImplementedError, pickle.UnpicklingError) as error:
         check(False, "run", path, f"is damaged: {(str(error).splitlines() or [repr(error)])[0]}")
+
+
+def load_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The agent's newest weights. Raises SystemExit(2) if there are none, or if they are damaged."""
+    return load_state(run_dir)["agent"]
 
 
 def settings_of(script: ModuleType, config: dict, seed: int, num_envs: int) -> object:
