@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from tests.forked import in_fork
 
 SCRIPTS = ("deep_spi_ppo", "deep_spi_ppo_atari", "deepmdp_ppo_atari", "ppo_baseline")
+SCRIPTS += ("spr_ppo_atari", "dbc_ppo_atari", "deep_spi_ppo_continuous", "dream_spi", "dream_spi_atari")
 SMALL = (
     "--num-envs 2 --num-steps 4 --total-timesteps 16 --num-minibatches 1 --update-epochs 1 --chunk-length 1 --seed 1"
 )
@@ -52,7 +53,7 @@ FLOATS = (
 )
 WORDS = ("", "x", "run", "a/b", "../up", ".", "..", "-", "--seed", "/dev/null", "/dev/null/x", "/proc/x", "/sys", "log")
 WORDS += ("ü ☃", "\udcff", "x" * 300, "x" * 255, "%s {}", "a\nb", "$HOME", "~")
-GAMES = ("Pong-v5", "Boxing-v5", "Breakout-v5", "CartPole-v1", "Acrobot-v1", "FrozenLake-v1", "Pendulum-v1", "pong", "")
+GAMES = ("Pong-v5", "Boxing-v5", "Breakout-v5", "CartPole-v1", "Acrobot-v1", "FrozenLake-v1", "Pendulum-v1", "Hopper-v4", "pong", "")
 LONG = {"total_timesteps", "num_envs", "num_steps", "update_epochs", "num_minibatches", "chunk_length"}
 
 

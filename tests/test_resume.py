@@ -23,8 +23,9 @@ import deep_spi_ppo
 import deep_spi_ppo_atari
 import deepmdp_ppo_atari
 import ppo_baseline
+from tests import fuzz_command_line
 from tests.conftest import STOP_SIGNALS
-from tests.kill_and_resume import check_run, kill_and_resume
+from tests.kill_and_resume import SMALL, check_run, kill_and_resume
 from tests.launch import ROOT, launch
 
 SCRIPTS = (deep_spi_ppo, deep_spi_ppo_atari, deepmdp_ppo_atari, ppo_baseline)
@@ -658,11 +659,11 @@ def test_weights_that_are_too_large_are_not_kept(script, learning_rate, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+@pytest.mark.parametrize("script", SMALL)
 def test_killed_at_random_and_gone_on_with(script, tmp_path):
-    """Ten kills over the four scripts; `python -m tests.kill_and_resume` does more."""
-    kills = {deep_spi_ppo: 3, deep_spi_ppo_atari: 3}.get(script, 2)
-    assert kill_and_resume(script.__name__, kills, tmp_path, seed=1) >= 1
+    """Some kills of each script; `python -m tests.kill_and_resume` does more."""
+    kills = {"deep_spi_ppo": 3, "deep_spi_ppo_atari": 3}.get(script, 2)
+    assert kill_and_resume(script, kills, tmp_path, seed=1) >= 1
 
 
 def test_check_run_finds_what_is_wrong(tmp_path):
@@ -685,9 +686,9 @@ def test_check_run_finds_what_is_wrong(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=ids)
+@pytest.mark.parametrize("script", fuzz_command_line.SCRIPTS)
 def test_random_command_lines(script):
     """Twenty-five; `python -m tests.fuzz_command_line` does five hundred. In a process that has not used torch yet."""
-    command = [sys.executable, "-m", "tests.fuzz_command_line", script.__name__, "--examples", "25"]
+    command = [sys.executable, "-m", "tests.fuzz_command_line", script, "--examples", "25"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
