@@ -53,7 +53,7 @@ FLOATS = (
 )
 WORDS = ("", "x", "run", "a/b", "../up", ".", "..", "-", "--seed", "/dev/null", "/dev/null/x", "/proc/x", "/sys", "log")
 WORDS += ("ü ☃", "\udcff", "x" * 300, "x" * 255, "%s {}", "a\nb", "$HOME", "~")
-GAMES = ("Pong-v5", "Boxing-v5", "Breakout-v5", "CartPole-v1", "Acrobot-v1", "FrozenLake-v1", "Pendulum-v1", "Hopper-v4", "pong", "")
+GAMES = ("Pong-v5", "Boxing-v5", "Breakout-v5", "CartPole-v1", "FrozenLake-v1", "Pendulum-v1", "Hopper-v4", "pong", "")
 LONG = {"total_timesteps", "num_envs", "num_steps", "update_epochs", "num_minibatches", "chunk_length"}
 
 

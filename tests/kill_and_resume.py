@@ -1,8 +1,8 @@
 """Kill -9 a training script at random instants and go on with it: python -m tests.kill_and_resume [--kills 100]
 
-The kills are spread over the training scripts, small settings, checkpoints often; each instant is drawn from the length of
-a run, from the start of Python on. The same command starts a run and goes on with it. When a run ends, everything that
-it left is checked, and the next one begins.
+The kills are spread over the training scripts, small settings, checkpoints often; each instant is drawn from the length
+of a run, from the start of Python on. The same command starts a run and goes on with it. When a run ends, everything
+that it left is checked, and the next one begins.
 """
 
 import argparse
@@ -30,9 +30,9 @@ SMALL = {
     "ppo_baseline": "--num-envs 4 --num-steps 128 --total-timesteps 10240 --update-epochs 1 --env-id SpaceInvaders-v5",
     "spr_ppo_atari": "--num-envs 4 --num-steps 8 --total-timesteps 640 --update-epochs 1 --env-id Boxing-v5",
     "dbc_ppo_atari": "--num-envs 4 --num-steps 8 --total-timesteps 640 --update-epochs 1 --env-id Boxing-v5",
-    "deep_spi_ppo_continuous": "--num-envs 8 --num-steps 64 --total-timesteps 15360 --update-epochs 2 --env-id Hopper-v4",
+    "deep_spi_ppo_continuous": "--num-envs 8 --num-steps 64 --total-timesteps 15360 --env-id Hopper-v4",
     "dream_spi": "--num-envs 8 --num-steps 16 --total-timesteps 5120 --update-epochs 1 --horizon 3",
-    "dream_spi_atari": "--num-envs 4 --num-steps 8 --total-timesteps 320 --update-epochs 1 --horizon 2 --env-id Boxing-v5",
+    "dream_spi_atari": "--num-envs 4 --num-steps 8 --total-timesteps 320 --horizon 2 --env-id Boxing-v5",
 }
 SECONDS = 14.0  # a run and its start, about
 
