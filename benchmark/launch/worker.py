@@ -202,15 +202,18 @@ def make_it(run: PlannedRun, run_dir: Path, settings: dict, environment: dict[st
     might not diverge again: no fair seed.
     """
     own = {"env_id": run.env_id, "seed": run.seed, "total_timesteps": run.total_timesteps, "run_dir": run_dir}
-    interval = {"checkpoint_interval": policies.checkpoint_interval(settings)}
-    interval = interval if "checkpoint_interval" in settings else {}
+    interval, keeper = {}, None
+    if "checkpoint_interval" in settings:
+        interval = {"checkpoint_interval": policies.checkpoint_interval(settings)}
+        keeper = policies.Keeper(run_dir, settings)
     command = [sys.executable, str(ROOT / run.script), *flag_words(interval | run.flags | own)]
-    looked_at, keeper = [], policies.Keeper(run_dir, settings)
+    looked_at = []
 
     def watch() -> None:
         """What is done while the script runs."""
         compare()
-        keeper.look()
+        if keeper:
+            keeper.look()
 
     def compare() -> None:
         """Stop the script as soon as its config.json is another than the plan's."""
