@@ -20,7 +20,7 @@ stand inside PPO's clipped objective, where the advantage stood alone. That is t
 The clip stops the pull of the advantage at the edge of the neighbourhood. The losses go on pulling φ, reweighted by r
 or by 1 ± ε; and what the model cannot predict has less utility. Diff me against `ppo_baseline.py`, the same agent
 without the world model: the diff is the algorithm. With both coefficients 0 it trains that baseline's weights, to the
-last bit on a CPU in float32. Cost: 10 M steps take 4 to 5 hours on two CPU cores with bf16 units; see docs/speed.md.
+last bit on a CPU in float32. Cost: 10 M steps in 4 to 5 hours on 2 CPU cores with bf16 units: docs/speed.md.
 """
 
 import ctypes
@@ -90,7 +90,7 @@ class Args:
 
     # ---- Deep SPI
     reward_loss_coef: float = 0.01  # α_R, weight of the reward loss, in standard deviations of A
-    transition_loss_coef: float = 0.0005  # α_P, likewise; ℓ_P is a sum over z: another encoder wants another
+    transition_loss_coef: float = 0.0005  # α_P, likewise; ℓ_P sums over z: another encoder wants another
     loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside J; in U where no clip is active
 
     def __post_init__(self):
@@ -160,7 +160,7 @@ class Games:
         frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
         # The reset after a lost life plays no-ops. If they end the game no flag says so, but lives rise to the next's.
         untold = self.life_lost & (info["lives"] > self.lives)
-        over = (terminated & info["terminated"].astype(bool)) | truncated  # info's is of the game, and may come twice
+        over = (terminated & info["terminated"].astype(bool)) | truncated  # info's: of the game
         self.returns += info["reward"]
         self.lengths += ~self.is_last
         self.is_last, self.lives, self.life_lost = terminated | truncated, info["lives"], terminated & ~over
@@ -214,7 +214,7 @@ class SpectralLayer(nn.Module):
         """A step of subspace iteration: u alone would be left behind where another singular value overtakes."""
         W = self.matrices()
         self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
-        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power is c·vvᵀ; eigensolvers make CUDA wait
+        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power is c·vvᵀ; eigensolvers stop CUDA
         for _ in range(12):
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
@@ -280,7 +280,7 @@ class TransitionModel(nn.Module):
         weights = 0.5 * logits.take_along_dim(actions[:, None, None], dim=2).squeeze(2).softmax(-1)  # ½ w_k, (B, K)
 
         taken = F.one_hot(actions, self.A).float()  # (B, A)
-        mixed = (weights[:, :, None] * taken[:, None]).flatten(1)  # (B, K·A): ½ w_k at (k, a), else 0
+        mixed = (weights[:, :, None] * taken[:, None]).flatten(1)  # (B, K·A): ½ w_k at (k, a)
         of_rows = []
         for p in (self.components.normalized_weight(), self.components.bias):  # ordered (G, C/G, K, [x, y], A)
             of_x, of_y = p.view(self.G, C // self.G, self.K, 2, self.A, -1).unbind(3)
@@ -300,7 +300,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_actions: int):
         super().__init__()
-        self.encoder = nn.Sequential(  # another one: a convolution first; then set α_P anew
+        self.encoder = nn.Sequential(  # or another: a convolution first; set α_P anew
             layer_init(nn.Conv2d(4, 32, 8, stride=4)),
             nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
@@ -431,7 +431,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses below are not normalised
+    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses are not
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
@@ -620,9 +620,8 @@ class Run:
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            own = self.dir / script.name  # half a run of one code and half of another would be a run of neither
-            same = not own.exists() or own.read_bytes() == script.read_bytes()
-            args.check("run_dir", same, f"is a run of another text of {script.name}; its own goes on: python {own}")
+            own, rule = self.dir / script.name, f"is of another text of {script.name}: python {self.dir / script.name}"
+            args.check("run_dir", not own.exists() or own.read_bytes() == script.read_bytes(), rule)
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout
         if step + self.rollout > args.total_timesteps:
@@ -674,7 +673,7 @@ class Run:
         if not (complete or self.signal or self.iterations % self.args.checkpoint_interval == 0):
             return
 
-        self.writer.add_histogram("spi/ratios", ratios.nan_to_num(), step)
+        self.writer.add_histogram("spi/ratios", ratios.nan_to_num(), step, bins=200)
         self.writer.flush()
         os.fsync(self.episodes.fileno())
         state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}

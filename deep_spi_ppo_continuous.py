@@ -89,7 +89,7 @@ class Args:
 
     # ---- Deep SPI
     reward_loss_coef: float = 0.01  # α_R, weight of the reward loss, in standard deviations of A
-    transition_loss_coef: float = 0.0005  # α_P, likewise; ℓ_P is a sum over z: another encoder wants another
+    transition_loss_coef: float = 0.0005  # α_P, likewise; ℓ_P sums over z: another encoder wants another
     loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside J; in U where no clip is active
 
     def __post_init__(self):
@@ -251,7 +251,7 @@ class SpectralLayer(nn.Module):
         """A step of subspace iteration: u alone would be left behind where another singular value overtakes."""
         W = self.matrices()
         self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
-        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power is c·vvᵀ; eigensolvers make CUDA wait
+        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power is c·vvᵀ; eigensolvers stop CUDA
         for _ in range(12):
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
@@ -504,7 +504,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
     log_ratio = log_density(batch.actions, mean, log_std) - batch.old_log_probs  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses below are not normalised
+    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses are not
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
@@ -695,9 +695,8 @@ class Run:
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            own = self.dir / script.name  # half a run of one code and half of another would be a run of neither
-            same = not own.exists() or own.read_bytes() == script.read_bytes()
-            args.check("run_dir", same, f"is a run of another text of {script.name}; its own goes on: python {own}")
+            own, rule = self.dir / script.name, f"is of another text of {script.name}: python {self.dir / script.name}"
+            args.check("run_dir", not own.exists() or own.read_bytes() == script.read_bytes(), rule)
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout
         if step + self.rollout > args.total_timesteps:
@@ -749,7 +748,7 @@ class Run:
         if not (complete or self.signal or self.iterations % self.args.checkpoint_interval == 0):
             return
 
-        self.writer.add_histogram("spi/ratios", ratios.nan_to_num(), step)
+        self.writer.add_histogram("spi/ratios", ratios.nan_to_num(), step, bins=200)
         self.writer.flush()
         os.fsync(self.episodes.fileno())
         state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}

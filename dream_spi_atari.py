@@ -168,7 +168,7 @@ class Games:
         frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
         # The reset after a lost life plays no-ops. If they end the game no flag says so, but lives rise to the next's.
         untold = self.life_lost & (info["lives"] > self.lives)
-        over = (terminated & info["terminated"].astype(bool)) | truncated  # info's is of the game, and may come twice
+        over = (terminated & info["terminated"].astype(bool)) | truncated  # info's: of the game
         self.returns += info["reward"]
         self.lengths += ~self.is_last
         self.is_last, self.lives, self.life_lost = terminated | truncated, info["lives"], terminated & ~over
@@ -646,9 +646,8 @@ class Run:
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            own = self.dir / script.name  # half a run of one code and half of another would be a run of neither
-            same = not own.exists() or own.read_bytes() == script.read_bytes()
-            args.check("run_dir", same, f"is a run of another text of {script.name}; its own goes on: python {own}")
+            own, rule = self.dir / script.name, f"is of another text of {script.name}: python {self.dir / script.name}"
+            args.check("run_dir", not own.exists() or own.read_bytes() == script.read_bytes(), rule)
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout
         if step + self.rollout > args.total_timesteps:
@@ -700,7 +699,7 @@ class Run:
         if not (complete or self.signal or self.iterations % self.args.checkpoint_interval == 0):
             return
 
-        self.writer.add_histogram("spi/ratios", ratios.nan_to_num(), step)
+        self.writer.add_histogram("spi/ratios", ratios.nan_to_num(), step, bins=200)
         self.writer.flush()
         os.fsync(self.episodes.fileno())
         state = {name: part.state_dict() for name, part in learned.items()} | {"rng": torch.get_rng_state()}

@@ -338,15 +338,15 @@ error is d̄ of the result to the latent of the true frame k steps later; of 'co
 that, of 'mean' d̄ of the mean latent of all these games. A chain ends where its episode does. 'Low' and 'high' are the
 95 % interval over starts: a bootstrap that draws whole games, as starts of one game are alike.""",
     "Calibration: what does the model know where other policies lead?": """
-C = 1 is the policy itself. For a larger C each game has a perturbed policy of its own: action a is pushed up in states
-where ⟨v, z - mean latent⟩ > 0, with a random v for each game and action, and down in the others. As much probability
-moves from the actions pushed down to those pushed up as leaves every ratio π'(a|s)/π(a|s) in [1/C, C], which is part
-of N^C. Of continuous actions the half-space in that direction is pushed up, to ratio 2 - 1/C. 'Moved' is the mean
-probability that moved: little, where the policy is sure of itself. The ratios are the least and the largest met.
-'Transitions' are those played. L_P, L_R are the means of ℓ_P and ℓ_R over them: L_P with P̄'s mean, 'L_P sample'
-with a sample of it as in training (the same where P̄ has no noise). 'Trivial' is what z' = z pays, or always
-predicting the reward 0. 'Less trivial' is the difference: where it is below 0 the model knows more. Low and high:
-the 95 % interval over games.""",
+C = 1 is the policy itself. For a larger C each game has a perturbed policy of its own: action a is pushed up in
+states where ⟨v, z - mean latent⟩ > 0, with a random v for each game and action, and down in the others. As much
+probability moves from the actions pushed down to those pushed up as leaves every ratio π'(a|s)/π(a|s) in [1/C, C],
+which is part of N^C. Of continuous actions the half-space in that direction is pushed up, to ratio 2 - 1/C. 'Moved'
+is the mean probability that moved: little, where the policy is sure of itself. The ratios are the least and the
+largest met. 'Transitions' are those played. L_P, L_R are the means of ℓ_P and ℓ_R over them: L_P with P̄'s mean,
+'L_P sample' with a sample of it as in training (the same where P̄ has no noise). 'Trivial' is what z' = z pays, or
+always predicting the reward 0. 'Less trivial' is the difference: where it is below 0 the model knows more. Low and
+high: the 95 % interval over games.""",
     "Reward: R̄ by true reward": """
 Rewards as the learner sees them (on Atari their sign, on vectors scaled), of the policy's own transitions: for each
 true reward, or for ranges of it, the count, the mean of r, the mean and the standard deviation of R̄.""",
@@ -356,7 +356,7 @@ Random pairs of observations of these games: |V(s1) - V(s2)| over d̄(z1, z2). K
 1, so d̄ makes near pairs nearer and K larger: beside it the same with the mean absolute difference.""",
     "Neighbourhood: how far did the last update go?": """
 Ratios π_new(a|s)/π_old(a|s) as the run logged them at its last checkpoint: in the minibatches of the last epoch, each
-before its own step. N^C, with C = 1 + ε, lies between the two lines. TensorBoard's bins are 10 % wide: the share
+before its own step. N^C, with C = 1 + ε, lies between the two lines. Two hundred bins; in older runs 10 % wide each: the share
 outside N^C is not counted in them, but is the run's own number, of its last iteration, as are the others here.""",
 }
 
