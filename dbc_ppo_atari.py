@@ -354,7 +354,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: torch.Gene
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # before the loss is subtracted, which is not
+    advantages = normalize(batch.advantages, batch.mask)  # A alone: the loss is not
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         mean, std = agent.transition_model(z, batch.actions)  # (M, D) each

@@ -20,7 +20,7 @@ stand inside PPO's clipped objective, where the advantage stood alone. That is t
 The clip stops the pull of the advantage at the edge of the neighbourhood. The losses go on pulling φ, reweighted by r
 or by 1 ± ε; and what the model cannot predict has less utility. Diff me against `ppo_baseline.py`, the same agent
 without the world model: the diff is the algorithm. With both coefficients 0 it trains that baseline's weights, to the
-last bit on a CPU in float32. Cost: 10 M steps in 4 to 5 hours on 2 CPU cores with bf16 units: docs/speed.md.
+last bit on a CPU in float32. Cost: 10 M steps in 4 to 5 hours on 2 cores with bf16 units: docs/speed.md.
 """
 
 import ctypes
@@ -280,7 +280,7 @@ class TransitionModel(nn.Module):
         weights = 0.5 * logits.take_along_dim(actions[:, None, None], dim=2).squeeze(2).softmax(-1)  # ½ w_k, (B, K)
 
         taken = F.one_hot(actions, self.A).float()  # (B, A)
-        mixed = (weights[:, :, None] * taken[:, None]).flatten(1)  # (B, K·A): ½ w_k at (k, a)
+        mixed = (weights[:, :, None] * taken[:, None]).flatten(1)  # (B, K·A): at (k, a) ½ w_k
         of_rows = []
         for p in (self.components.normalized_weight(), self.components.bias):  # ordered (G, C/G, K, [x, y], A)
             of_x, of_y = p.view(self.G, C // self.G, self.K, 2, self.A, -1).unbind(3)
@@ -290,7 +290,7 @@ class TransitionModel(nn.Module):
         kernels, biases = of_rows  # (B·G, (1 + K) C/G, 4 · 2C/G), and 1 in place of the last
         patches = (hidden @ self.to_patches).view(len(kernels), -1, h * w)
         outputs = torch.baddbmm(biases, kernels, patches).view(len(z), self.G, 1 + self.K, -1)
-        loc, y = outputs.split((1, self.K), dim=2)  # Σ_k w_k loc_k, (B, G, 1, C/G · h·w); y
+        loc, y = outputs.split((1, self.K), dim=2)  # loc: mixed, (B, G, 1, C/G · h·w)
         spread = F.softplus(y) * noise  # (B, G, K, C/G · h·w)
         return (loc + weights.to(y.dtype)[:, None, None] @ spread).view(-1, C, h * w).mT.reshape(z.shape)
 

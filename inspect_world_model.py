@@ -356,8 +356,9 @@ Random pairs of observations of these games: |V(s1) - V(s2)| over d̄(z1, z2). K
 1, so d̄ makes near pairs nearer and K larger: beside it the same with the mean absolute difference.""",
     "Neighbourhood: how far did the last update go?": """
 Ratios π_new(a|s)/π_old(a|s) as the run logged them at its last checkpoint: in the minibatches of the last epoch, each
-before its own step. N^C, with C = 1 + ε, lies between the two lines. Two hundred bins; in older runs 10 % wide each: the share
-outside N^C is not counted in them, but is the run's own number, of its last iteration, as are the others here.""",
+before its own step. N^C, with C = 1 + ε, lies between the two lines. In older runs the bins are
+10 % wide. The share outside N^C is not counted in them, but is the run's own number, of its last iteration, as are the
+others here.""",
 }
 
 

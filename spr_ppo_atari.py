@@ -14,9 +14,8 @@
     z  its latent               ẑ  predicted            g̃, z̃  of a target that follows        α  spr_loss_coef
 
 Published on Rainbow, off the policy; the port to PPO is ours, with the siblings' games, sampling and settings. The talk
-says "Let's just add L_R, L_P to the loss? No, we can't!" of others; `--loss-placement` asks that of this one. Diff me
-against `deep_spi_ppo_atari.py`. With coefficient 0 this is `ppo_baseline.py` with renormalised latents, to the last bit
-on a CPU in float32. Cost: see docs/speed.md.
+says "Let's just add L_R, L_P to the loss? No, we can't!"; `--loss-placement` asks that of this one. Diff me against
+`deep_spi_ppo_atari.py`. Coefficient 0: `ppo_baseline.py` with renormalised latents, bit for bit on a CPU in float32.
 """
 
 import copy
@@ -385,7 +384,7 @@ def compute_loss(
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # before the loss is subtracted, which is not
+    advantages = normalize(batch.advantages, batch.mask)  # A alone: the loss is not
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         predictions, targets = look_ahead(agent, target, batch, args.augmentation, noise)
