@@ -5,7 +5,9 @@ import signal
 import pytest
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` ignores it, and what tests start would inherit that
+for number in STOP_SIGNALS:  # nohup and a shell's & have some ignored, and what the tests start would inherit that
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
 

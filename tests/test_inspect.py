@@ -509,6 +509,7 @@ def test_policies_differ_by_their_bound_alone(runs):
         assert 0 < int(row["transitions"]) <= 120
 
 
+@pytest.mark.slow
 def test_two_inspections_are_equal_to_the_last_byte(runs):
     contents = []
     for seed in (5, 5, 6):
@@ -589,6 +590,7 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "ppo_baseline.py's agent has no world model" in refused(capsys, baseline)
 
 
+@pytest.mark.slow
 def test_from_the_command_line_in_any_locale(runs):
     ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, str(ROOT / "inspect_world_model.py")]

@@ -17,8 +17,10 @@ from benchmark.studies import (
     control,
     early,
     pilot,
+    placements,
     pretrained,
     throughput,
+    transition,
     whole_games,
 )
 from benchmark.suites import MEASURED_SPS, PRICED_AS, SUITES
@@ -55,6 +57,9 @@ TABLES = {
     "early_differences": lambda: early.difference_table(read_scores(early.FOLDER)),
     "pilot": pilot.table,
     "pretrained": pretrained.table,
+    "placements": placements.table,
+    "transition": transition.transition_table,
+    "transition_rewards": transition.reward_table,
     "cost": cost_table,
     **{
         name: functools.partial(lambda table: table(whole_games.read(whole_games.CSV)), table)
@@ -83,4 +88,6 @@ def main() -> None:
     throughput.draw(RESULTS / "throughput_rewrite")
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
     confounding_mechanism.draw(confounding.FOLDER)
+    placements.draw()
+    transition.draw()
     print("the documents and the pictures in benchmark/results are up to date with the CSV files there")

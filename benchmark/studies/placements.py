@@ -24,6 +24,7 @@ from benchmark.studies.confounding import NUMBERS, RUN_COLUMNS, SETTINGS, append
 FOLDER = RESULTS / "placements"
 PLACES = {name: cg.NAMES[name] for name in ("additive", "deep_spi", "gated")}
 CASES = ["centre", "harder corridor (n 10, ε 0.1)", "DeepMDP's coefficients (1, 1)"]  # settings of that study
+PAIRS = [("gated", "deep_spi"), ("gated", "additive"), ("deep_spi", "additive")]
 PRIMARY = confounding.PRIMARY  # at the centre
 Groups = dict[str, dict[str, dict[int, dict]]]  # groups[setting][method][seed]
 
@@ -68,7 +69,7 @@ def by_case() -> Groups:
 
 
 def table() -> str:
-    """Markdown: the largest drawdown and the final V of each placement, and gated's differences, paired by seed."""
+    """Markdown: the largest drawdown and the final V of each placement, and their differences, paired by seed."""
     rows = []
     for case, runs in by_case().items():
         row = [case, str(min(map(len, runs.values())))]
@@ -78,12 +79,13 @@ def table() -> str:
             else "no run yet"
             for m in PLACES
         ]
-        for other in ("deep_spi", "additive"):
-            both = sorted(runs["gated"].keys() & runs[other].keys())
-            paired = np.array([runs["gated"][seed][PRIMARY] - runs[other][seed][PRIMARY] for seed in both])
+        for one, other in PAIRS:
+            both = sorted(runs[one].keys() & runs[other].keys())
+            paired = np.array([runs[one][seed][PRIMARY] - runs[other][seed][PRIMARY] for seed in both])
             row.append(f"{cell(paired)}, less in {(paired < 0).sum()} of {len(paired)}" if len(paired) else "")
         rows.append(row)
-    return markdown(["setting", "seeds", *PLACES.values(), "gated − Deep SPI", "gated − additive"], rows)
+    pairs = [f"{PLACES[one]} − {PLACES[other]}" for one, other in PAIRS]
+    return markdown(["setting", "seeds", *PLACES.values(), *pairs], rows)
 
 
 def draw() -> None:
