@@ -871,4 +871,4 @@ def test_a_full_suite_fits_in_two_gigabytes():
         kilobytes = int(done.stdout.splitlines()[-1]) / (1024 if sys.platform == "darwin" else 1)
         assert kilobytes < 2e6
         rows = read_csv(Path(folder) / "report" / "aggregates.csv")
-    assert len(rows) == 16 and all(row["games"] == "57" and row["seeds"] == "5" for row in rows)
+    assert len(rows) == 16 and all(row["tasks"] == "57" and row["seeds"] == "5" for row in rows)

@@ -140,8 +140,8 @@ def aggregates(results: Results, rectangle: Rectangle, out: Path, resamples: int
         heading,
         Text(f"{SCALES[results.scale_name]} Intervals: rliable's stratified bootstrap."),
         Table(["algorithm", "seeds", "tasks", *(f"{name} [95 %]" for name in METRICS)], rows, "aggregates"),
-        Picture(bars, "Aggregates, with 95 % intervals"),
-        Picture(curves, "Performance profiles"),
+        Picture(bars, f"Aggregates over {tasks} tasks; 95 % stratified bootstrap; axes need not begin at 0"),
+        Picture(curves, f"Performance profiles; shaded: 95 % stratified bootstrap, {tasks} tasks"),
     ]
 
 
@@ -167,7 +167,7 @@ def improvements(results: Results, rectangle: Rectangle, baseline: str, out: Pat
     )
     header = ["algorithm", "over", "tasks", "probability [95 %]"]
     table = Table(header, rows, "probability_of_improvement")
-    return [Heading(title), Text(meaning), table, Picture(picture, "Probability of improvement")]
+    return [Heading(title), Text(meaning), table, Picture(picture, "Probability of improvement, 95 % (Wilson)")]
 
 
 def efficiency(results: Results, rectangle: Rectangle, out: Path, resamples: int) -> list[Block]:
@@ -233,7 +233,7 @@ def task_table(results: Results, out: Path) -> list[Block]:
         header.append(scale)
         texts.append(SCALES[scale])
     if games:
-        header.append("published PPO")
+        header.append("published PPO (10 M, best)")
         texts.append(
             "Published PPO: not ours, but the Deep SPI authors' own (stochastic setting, 10 M steps, 3 seeds), the "
             "best value seen in training: compare it with the best window. It started from returns of 0, so games of "
