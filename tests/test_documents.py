@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 ROOT = Path(__file__).parent.parent
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PATHS += [ROOT / "benchmark" / "README.md"]
