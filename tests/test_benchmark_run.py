@@ -167,6 +167,14 @@ def test_settings_are_typed_and_switches_are_understood(script):
         (["--suite=smoke", "--algorithms", "x=no_such.py"], ("--algorithms", "no_such.py")),
         (["--suite=smoke", "--algorithms", "x=README.md"], ("--algorithms", "*.py", "'README.md'")),
         (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py", "x=ppo_baseline.py", "--dry-run"], ("x=ppo", "twice")),
+        (["--suite=smoke", "--tasks", "Pong", "--dry-run"], ("Pong", "CartPole-v1, or ENV_ID:STEPS")),
+        (["--suite=smoke", "--tasks", "Pong-v5:4096", "--dry-run"], ("Pong-v5", "for Atari frames")),
+        (["--suite=smoke", "--tasks", "NoSuch-v0:4096", "--dry-run"], ("NoSuch-v0", "no such environment")),
+        (["--suite=smoke", "--tasks", "CartPole-v1:x", "--dry-run"], ("CartPole-v1:x", "STEPS")),
+        (["--suite=smoke", "--tasks", "CartPole-v1:1", "--dry-run"], ("total-timesteps", "at least one rollout")),
+        (["--suite=smoke", "--tasks", "CartPole-v1:9999:sticky", "--dry-run"], ("sticky", "FLAG=VALUE")),
+        (["--suite=smoke", "--tasks", "CartPole-v1:9999:run_dir=/x", "--dry-run"], ("run_dir=/x", "VALUE")),
+        (["--suite=smoke", "--tasks", "CartPole-v1", "CartPole-v1:9999", "--dry-run"], ("CartPole-v1", "twice")),
         (["--suite=smoke", "--algorithms", "a/b=deep_spi_ppo.py"], ("--algorithms", "letters")),
         (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py:gamma"], ("--algorithms", "FLAG=VALUE", "'gamma'")),
         (["--suite=smoke", "--algorithms", "x=deep_spi_ppo.py:clip=1"], ("--algorithms", "'clip'", "clip_coef")),
@@ -753,3 +761,17 @@ def test_interrupting_the_launcher_ends_its_runs_and_keeps_the_finished(script):
     while processes_of(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert starts(script) == ["1"] and processes_of(process.pid) == []
+
+
+# Own tasks
+
+
+def test_tasks_of_the_command_line_are_what_they_say():
+    suite = SUITES["control"]
+    own = plan.parse_task("Acrobot-v1:100000:sticky=0.25,gamma=0.9", suite)
+    assert (own.env_id, own.total_timesteps, own.label) == ("Acrobot-v1", 100_000, "Acrobot-v1-sticky0.25-gamma0.9")
+    assert plan.parse_task("CartPole-v1-sticky0.25", suite) is suite.tasks[1]
+    runs = plan.make_plan(replace(suite, tasks=[own]), {"ppo": suite.algorithms["ppo"]}, 1)
+    settings = plan.settings_of(runs[0])
+    assert settings["env_id"] == "Acrobot-v1" and settings["sticky"] == 0.25 and settings["gamma"] == 0.9
+    assert settings["reward_loss_coef"] == 0 and settings["total_timesteps"] == 100_000

@@ -29,6 +29,7 @@ from benchmark.launch.plan import (
     flag_words,
     make_plan,
     parse_algorithm,
+    parse_task,
     settings_of,
     steps_of,
     write_plan,
@@ -154,6 +155,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--algorithms", nargs="+", help="some of the suite's, or NAME=SCRIPT[:FLAG=VALUE,...] (default: the suite's)"
     )
+    parser.add_argument(
+        "--tasks", nargs="+", help="some of the suite's, or ENV_ID:STEPS[:FLAG=VALUE,...] (default: the suite's)"
+    )
     parser.add_argument("--seeds", type=int, help="seeds 1 to this many (default: the suite's)")
     parser.add_argument(
         "--evaluate",
@@ -205,6 +209,10 @@ def main(words: list[str] | None = None) -> int:
         name, algorithm = parse_algorithm(text, suite)
         check(name not in algorithms, "algorithms", text, f"{name} is there twice")
         algorithms[name] = algorithm
+    if args.tasks:
+        suite = replace(suite, tasks=[parse_task(text, suite) for text in args.tasks])
+        labels = [task.label for task in suite.tasks]
+        check(len(set(labels)) == len(labels), "tasks", " ".join(args.tasks), "one is there twice")
     plan = make_plan(suite, algorithms, args.seeds or suite.seeds)
     suite_dir = args.results.resolve() / args.suite
     settings = {run.name: settings_of(run) for run in plan}

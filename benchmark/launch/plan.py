@@ -16,7 +16,7 @@ from pathlib import Path
 import tyro
 
 from benchmark.common import NAMES_OF_A_RUN, ROOT
-from benchmark.suites import Algorithm, Suite
+from benchmark.suites import Algorithm, Suite, Task
 
 NAMED_BY_THE_PLAN = ("env_id", "seed", "total_timesteps", "run_dir")
 
@@ -61,12 +61,36 @@ def parse_algorithm(text: str, suite: Suite) -> tuple[str, Algorithm]:
     check(script.endswith(".py"), "algorithms", text, f"SCRIPT is a Python file, *.py, not {script!r}")
     path = next((path for path in (Path(script).resolve(), ROOT / script) if path.is_file()), None)
     check(path is not None, "algorithms", text, f"there is no script {script}")
+    flags = parse_settings(settings, "algorithms", text)
+    return name, Algorithm(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path), flags)
+
+
+def parse_settings(settings: str, of: str, text: str) -> dict[str, object]:
+    """FLAG=VALUE,... as flags. Raises SystemExit(2) for a flag without a value."""
     flags = {}
     for setting in filter(None, settings.split(",")):
         flag, has_value, value = setting.partition("=")
-        check(bool(has_value), "algorithms", text, f"settings are FLAG=VALUE,..., not {setting!r}")
+        check(bool(has_value), of, text, f"settings are FLAG=VALUE,..., not {setting!r}")
         flags[flag.replace("-", "_")] = {"True": True, "False": False}.get(value, value)
-    return name, Algorithm(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path), flags)
+    return flags
+
+
+def parse_task(text: str, suite: Suite) -> Task:
+    """A task: one of the suite's, by its label, or ENV_ID:STEPS[:FLAG=VALUE,...], whose flags are in its label.
+
+    Raises SystemExit(2) for a task that there is not. Whether a script can play it, `settings_of` finds.
+    """
+    env_id, is_new, definition = text.partition(":")
+    if not is_new:
+        known = {task.label: task for task in suite.tasks}
+        check(text in known, "tasks", text, f"allowed: {', '.join(known)}, or ENV_ID:STEPS[:FLAG=VALUE,...]")
+        return known[text]
+    steps, _, settings = definition.partition(":")
+    check(env_id != "" and steps.isdecimal() and int(steps) > 0, "tasks", text, "STEPS: agent steps, at least 1")
+    flags = parse_settings(settings, "tasks", text)
+    variant = "-".join(f"{name}{value}" for name, value in flags.items())
+    check(re.fullmatch(r"[\w.-]*", variant) is not None, "tasks", text, "VALUE: letters, digits, '_', '-' and '.'")
+    return Task(env_id, int(steps), flags, variant)
 
 
 def make_plan(suite: Suite, algorithms: dict[str, Algorithm], seeds: int) -> list[PlannedRun]:
@@ -133,8 +157,8 @@ def settings_of(run: PlannedRun) -> dict[str, object]:
     for flag in run.flags:
         closest = ", ".join(difflib.get_close_matches(flag, allowed, cutoff=0.4)) or ", ".join(allowed)
         check(flag in allowed, "algorithms", flag, f"not for an algorithm to set in {run.script}; closest: {closest}")
-    settings = parse_flags(run.script, tuple(flag_words(run.flags)))
-    settings = settings | {"env_id": run.env_id, "seed": run.seed, "total_timesteps": run.total_timesteps}
+    task = {"env_id": run.env_id, "total_timesteps": run.total_timesteps}
+    settings = parse_flags(run.script, tuple(flag_words(run.flags | task))) | {"seed": run.seed}
     # What the plan does not name of these is the machine's choice, which may be another than this one.
     not_compared = {*NAMES_OF_A_RUN, *(name for name in ("device", "precision") if name not in run.flags)}
     not_compared.discard("checkpoint_interval")  # which is not compared, but set by who makes the run
