@@ -558,11 +558,11 @@ def neighbourhood(page: Page, run_dir: Path, clip_coef: float) -> None:
         page.text("This run has no such histogram: no TensorBoard events, or no checkpoint yet.")
         return
     page.table("neighbourhood", ["of the run", "value"], [*numbers.items(), ("C", 1 + clip_coef)])
-    page.table("ratios", ["from", "to", "ratios"], bins)
+    page.table("ratios", ["from", "to", "ratios"], bins, is_shown=False)
     low, high, count = np.array(bins).T
     figure = Figure(figsize=(6, 3), layout="constrained")
     ax = axes(figure, xlabel="ratio", ylabel="ratios, over the bin's width")
-    ax.bar(low, count / (high - low), high - low, align="edge", color=BLUE, alpha=0.6, edgecolor="white")
+    ax.bar(low, count / (high - low), high - low, align="edge", color=BLUE)
     for edge in (1 - clip_coef, 1 + clip_coef):
         ax.axvline(edge, color=ORANGE)
     page.figure(figure, "histogram of the ratios")
