@@ -434,7 +434,7 @@ def compute_loss(
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses are not
+    advantages = normalize(batch.advantages, batch.mask)  # of A, not of the losses
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if next_z is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)

@@ -158,7 +158,7 @@ class Games:
         frames, rewards, terminated, truncated, info = self.envs.step(actions.numpy().astype(np.int32))
         # The reset after a lost life plays no-ops. If they end the game no flag says so, but lives rise to the next's.
         untold = self.life_lost & (info["lives"] > self.lives)
-        over = (terminated & info["terminated"].astype(bool)) | truncated  # info's: of the game
+        over = (terminated & info["terminated"].astype(bool)) | truncated  # info's is the game's
         self.returns += info["reward"]
         self.lengths += ~self.is_last
         self.is_last, self.lives, self.life_lost = terminated | truncated, info["lives"], terminated & ~over
@@ -354,7 +354,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: torch.Gene
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # A alone: the loss is not
+    advantages = normalize(batch.advantages, batch.mask)  # of A, not of the loss
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         mean, std = agent.transition_model(z, batch.actions)  # (M, D) each
@@ -544,7 +544,7 @@ class Run:
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            own, rule = self.dir / script.name, f"is of another text of {script.name}: python {self.dir / script.name}"
+            own, rule = self.dir / script.name, f"was made by another version of {script.name}: run the copy in it"
             args.check("run_dir", not own.exists() or own.read_bytes() == script.read_bytes(), rule)
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout

@@ -88,7 +88,7 @@ class Args:
 
     # ---- Deep SPI
     reward_loss_coef: float = 0.01  # α_R, weight of the reward loss, in standard deviations of A
-    transition_loss_coef: float = 0.0005  # α_P, likewise; ℓ_P sums over z: another encoder wants another
+    transition_loss_coef: float = 0.0005  # α_P, likewise; ℓ_P sums over z: set it anew for another φ
     loss_placement: Literal["utility", "additive", "gated"] = "utility"  # in U; beside J; in U where no clip is active
 
     def __post_init__(self):
@@ -258,11 +258,11 @@ class SpectralLayer(nn.Module):
         """A step of subspace iteration: u alone would be left behind where another singular value overtakes."""
         W = self.matrices()
         self.top.copy_(torch.linalg.qr(W @ (W.mT @ self.top)).Q)
-        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power is c·vvᵀ; eigensolvers stop CUDA
+        power = self.top.mT @ W @ W.mT @ self.top  # (G, k, k); its 4096th power is c·vvᵀ; CUDA waits for eigh
         for _ in range(12):
             power = power / torch.linalg.matrix_norm(power, keepdim=True)
             power = power @ power
-        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # of v's largest entry
+        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]  # the column of v's largest entry
         self.u.copy_(F.normalize(self.top @ power.take_along_dim(largest, dim=2), dim=1))
 
     def normalized_weight(self) -> Tensor:
@@ -450,7 +450,7 @@ def compute_loss(agent: Agent, batch: Transitions, args: Args, noise: Tensor | N
     log_ratio = log_ratios.gather(-1, batch.actions[:, None]).squeeze(-1)  # (M,)
     ratio = log_ratio.exp()
 
-    advantages = normalize(batch.advantages, batch.mask)  # A alone: the losses are not
+    advantages = normalize(batch.advantages, batch.mask)  # of A, not of the losses
     utility, additive_loss, world_model_stats = advantages, 0.0, {}
     if noise is not None:
         l_r = reward_loss(agent.reward_model(z, batch.actions), batch.rewards)  # (M,)
@@ -640,7 +640,7 @@ class Run:
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            own, rule = self.dir / script.name, f"is of another text of {script.name}: python {self.dir / script.name}"
+            own, rule = self.dir / script.name, f"was made by another version of {script.name}: run the copy in it"
             args.check("run_dir", not own.exists() or own.read_bytes() == script.read_bytes(), rule)
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout

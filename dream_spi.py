@@ -677,7 +677,7 @@ class Run:
             changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
             rule = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}, not {now[name]}" for name in changed)
             args.check("run_dir", not changed, f"is a run with {rule}")
-            own, rule = self.dir / script.name, f"is of another text of {script.name}: python {self.dir / script.name}"
+            own, rule = self.dir / script.name, f"was made by another version of {script.name}: run the copy in it"
             args.check("run_dir", not own.exists() or own.read_bytes() == script.read_bytes(), rule)
         self.iterations, self.start_time = self.state.get("iterations", 0), time.time() - self.state.get("seconds", 0)
         step = self.iterations * self.rollout

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import deep_spi_ppo
 import evaluate
 from benchmark.common import RESULTS, read_table
 from benchmark.studies.pretrained import FOLDER, GAMES, SCORES, returns, table
@@ -29,10 +30,9 @@ def test_the_agent_plays_as_stated_and_an_untrained_one_does_not(env_id, tmp_pat
     allowed = 4 * stated.std(ddof=1) * (1 / EPISODES + 1 / GAMES) ** 0.5 + 0.01 * abs(stated.mean())
     run_dir = shutil.copytree(FOLDER / env_id, tmp_path / "run")
     assert abs(played(run_dir).mean() - stated.mean()) <= allowed
-    script = evaluate.load_script(run_dir / "deep_spi_ppo.py", run_dir)
-    games = script.Games(script.Args(env_id=env_id))
+    games = deep_spi_ppo.Games(deep_spi_ppo.Args(env_id=env_id))
     torch.manual_seed(0)
-    torch.save(script.Agent(games.num_inputs, games.num_actions).state_dict(), run_dir / "agent.pt")
+    torch.save(deep_spi_ppo.Agent(games.num_inputs, games.num_actions).state_dict(), run_dir / "agent.pt")
     assert played(run_dir).mean() < stated.mean() - allowed
 
 
@@ -43,8 +43,7 @@ def test_the_folder_is_that_of_a_run_of_suite_control_without_the_machines_paths
     assert config["script"] == "deep_spi_ppo.py" and len(config["git_commit"]) == 40 and "script_path" not in config
     assert (config["args"]["env_id"], config["args"]["seed"], config["args"]["run_dir"]) == (env_id, 1, "")
     assert config["args"]["total_timesteps"] == CONTROL_STEPS[env_id]
-    script = evaluate.load_script(FOLDER / env_id / "deep_spi_ppo.py", FOLDER / env_id)
-    defaults = vars(script.Args(device="cpu", env_id=env_id, total_timesteps=CONTROL_STEPS[env_id]))
+    defaults = vars(deep_spi_ppo.Args(device="cpu", env_id=env_id, total_timesteps=CONTROL_STEPS[env_id]))
     assert config["args"] == defaults
     assert (FOLDER / env_id / "agent.pt").stat().st_size < 1e6
     last = int(read_table(FOLDER / env_id / "episodes.csv")[-1]["global_step"])

@@ -272,7 +272,8 @@ def test_another_text_of_the_script_does_not_go_on(script, monkeypatch, tmp_path
     capsys.readouterr()
     assert stop(script, longer) == 2
     captured = capsys.readouterr()
-    assert len(captured.err.splitlines()) == 1 and f"python {own}" in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert str(tmp_path / "run") in captured.err and f"another version of {own.name}: run the copy" in captured.err
     assert contents(tmp_path / "run") == before
     own.write_bytes(Path(script.__file__).read_bytes())
     train(script, longer)

@@ -2,8 +2,9 @@
 
 Deep SPI on the three control tasks of suite `control`, seed 1, one torch thread on the CPU: some ten minutes of
 training, into runs/pretrained; runs that are complete there are not made again. Each final policy plays GAMES new
-games, greedy and sampled. Kept of a run: config.json without the machine's paths, the script's copy, agent.pt,
-episodes.csv; of all runs together pretrained/scores.csv, a row per game. `evaluate.py --video` films the GIF.
+games, greedy and sampled. Kept of a run: config.json without the machine's paths, agent.pt, episodes.csv, but not the
+script's copy, as the script lies beside evaluate.py; of all runs together pretrained/scores.csv, a row per game.
+`evaluate.py --video` films the GIF.
 """
 
 import csv
@@ -36,7 +37,7 @@ def make(env_id: str, steps: int) -> list[dict[str, str]]:
     config["args"]["run_dir"] = ""
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (config["script"], "agent.pt", "episodes.csv"):
+    for name in ("agent.pt", "episodes.csv"):
         shutil.copyfile(run_dir / name, kept / name)
     if env_id == FILMED:
         shutil.copyfile(run_dir / "greedy.gif", RESULTS / "lunar_lander.gif")

@@ -18,7 +18,7 @@ from scipy import stats
 
 from benchmark.common import RESULTS, circumstances, markdown, mean_interval, read_events, read_table, settings_text
 from benchmark.report.pictures import save_figure
-from benchmark.report.scores import cell, difference
+from benchmark.report.scores import cell, difference, varies
 from benchmark.suites import SUITES, TRANSITION_ARMS
 
 matplotlib.use("Agg")
@@ -130,7 +130,10 @@ def transition_table() -> str:
                 score = at_the_end(seeds, "last_100")
                 against = ""
                 if arm != "deep_spi" and min(len(published), len(seeds)) > 1:
-                    against = cell(*difference(score, at_the_end(published, "last_100")), "+z.1f")
+                    base = at_the_end(published, "last_100")
+                    against = cell(*difference(score, base), "+z.1f")
+                    if varies(score, base):
+                        against += f", p {stats.ttest_ind(score, base, equal_var=False).pvalue:.3f}"
                 ratio = geometric(at_the_end(seeds, "ratio"))
                 name = [task.env_id, length, ARM_NAMES[arm], str(len(seeds))]
                 table.append([*name, *losses, ratio, f"{score.mean():.1f}", against])
