@@ -17,7 +17,7 @@ test-slow: .venv/.test  ## the longer checks
 	.venv/bin/python -m pytest -q -rs -m slow
 
 control: .venv/.benchmark  ## PPO, additive, Deep SPI on the control tasks, 10 seeds (hours); finished runs are skipped
-	.venv/bin/python -m benchmark.run --suite control --workers 2
+	.venv/bin/python -m benchmark.run --suite control --algorithms ppo additive deep_spi --workers 2
 	.venv/bin/python -m benchmark.differences runs/benchmark/control
 
 figures: .venv/.benchmark  ## README's figures and tables, from the committed results

@@ -50,11 +50,39 @@ VECTOR = {
     "additive": Algorithm("deep_spi_ppo.py", {"loss_placement": "additive"}),
     "deep_spi": Algorithm("deep_spi_ppo.py"),
 }
+PLANNING = {"dream_spi": Algorithm("dream_spi.py")}
 
 ATARI = {
     "ppo": Algorithm("ppo_baseline.py"),
     "deepmdp": Algorithm("deepmdp_ppo_atari.py"),
     "deep_spi": Algorithm("deep_spi_ppo_atari.py"),
+    "dream_spi": Algorithm("dream_spi_atari.py"),
+}
+
+# What a world model's losses beside them are, by their kind and by their place: beside the clip, or in the utility.
+AUXILIARY = {
+    "ppo": ATARI["ppo"],
+    "deepmdp": ATARI["deepmdp"],  # beside the clip, as published; in the utility it would be deep_spi
+    "deep_spi": ATARI["deep_spi"],
+    "additive": Algorithm("deep_spi_ppo_atari.py", {"loss_placement": "additive"}),
+    "spr": Algorithm("spr_ppo_atari.py"),
+    "spr-utility": Algorithm("spr_ppo_atari.py", {"loss_placement": "utility"}),
+    "dbc": Algorithm("dbc_ppo_atari.py"),
+    "dbc-utility": Algorithm("dbc_ppo_atari.py", {"loss_placement": "utility"}),
+}
+
+CONTINUOUS = {
+    "ppo": Algorithm("deep_spi_ppo_continuous.py", PPO_FLAGS),
+    "additive": Algorithm("deep_spi_ppo_continuous.py", {"loss_placement": "additive"}),
+    "deep_spi": Algorithm("deep_spi_ppo_continuous.py"),
+}
+
+# How far the actor may move in one update of DreamSPI (0.01 is 1/γ - 1, the planning theorem's), and how far it plans.
+CLIPS, HORIZONS = (0.01, 0.1, 0.3), (1, 4, 8, 15)
+CLIP_BY_HORIZON = {
+    f"clip{clip:g}-h{horizon}": Algorithm("dream_spi.py", {"imagination_clip_coef": clip, "horizon": horizon})
+    for clip in CLIPS
+    for horizon in HORIZONS
 }
 
 # N environments x T steps with the same N·T = 1024 per update. Each T is a multiple of the default chunk of 8, and each
@@ -66,6 +94,8 @@ PARALLELISM = {
     for name in ("ppo", "deep_spi")
     for shape, (num_envs, num_steps) in SHAPES.items()
 }
+
+LONG = {name: AUXILIARY[name] for name in ("ppo", "deep_spi", "additive", "deepmdp")}
 
 ABLATION = {
     "deep_spi": Algorithm("deep_spi_ppo_atari.py"),
@@ -152,11 +182,14 @@ def atari_tasks(games: list[str]) -> list[Task]:
     return [Task(f"{game}-v5", ATARI_STEPS) for game in games]
 
 
+LONG_TASKS = [Task("Pong-v5", 4_000_000), Task("Breakout-v5", 4_000_000)]
+MUJOCO = ("HalfCheetah", "Hopper", "Walker2d")
+
 # ---- Suites
 
 SUITES = {
     "smoke": Suite(VECTOR, [Task("CartPole-v1", 40_960)], seeds=2, evaluate=8),
-    "control": Suite(VECTOR, CONTROL_TASKS, seeds=10),
+    "control": Suite(VECTOR | PLANNING, CONTROL_TASKS, seeds=10),
     "pilot": Suite({"ppo": ATARI["ppo"]}, [Task(f"{game}-v5", 200_000) for game in PILOT_GAMES], seeds=1),
     "atari5": Suite(ATARI, atari_tasks(ATARI5_GAMES), seeds=5),
     "atari57": Suite(ATARI, atari_tasks(ATARI57_GAMES), seeds=5),
@@ -173,6 +206,15 @@ SUITES = {
     "transition-long": Suite(
         {"deep_spi": VECTOR["deep_spi"]}, [Task("CartPole-v1", 1_000_000), Task("LunarLander-v3", 2_500_000)], seeds=1
     ),
+    "planning": Suite(
+        CLIP_BY_HORIZON, [Task("CartPole-v1", 200_000), Task("Acrobot-v1", 200_000)], seeds=5, evaluate=0
+    ),
+    "planning-atari": Suite(
+        {"dream_spi": ATARI["dream_spi"]}, [Task("Pong-v5", 200_000), Task("Boxing-v5", 200_000)], seeds=1
+    ),
+    "long": Suite(LONG, LONG_TASKS, seeds=2),
+    "auxiliary": Suite(AUXILIARY, [Task("Krull-v5", 300_000), *LONG_TASKS], seeds=3),
+    "mujoco": Suite(CONTINUOUS, [Task(f"{name}-v4", 1_000_000) for name in MUJOCO], seeds=5),
     "ablation": Suite(ABLATION, atari_tasks(ATARI5_GAMES), seeds=5),
 }
 

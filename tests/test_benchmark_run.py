@@ -148,7 +148,7 @@ def test_folders_are_deterministic_and_differ():
     suite = SUITES["control"]
     planned_runs = plan.make_plan(suite, suite.algorithms, seeds=2)
     assert planned_runs == plan.make_plan(suite, suite.algorithms, seeds=2)
-    assert len({run.name for run in planned_runs}) == len(planned_runs) == 3 * 6 * 2
+    assert len({run.name for run in planned_runs}) == len(planned_runs) == 4 * 6 * 2
     sticky = next(run for run in planned_runs if run.name == "additive/CartPole-v1-sticky0.25/2")
     assert (sticky.env_id, sticky.flags) == ("CartPole-v1", {"sticky": 0.25, "loss_placement": "additive"})
 

@@ -29,15 +29,19 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "benchmark" / "README.md", *sorted((ROOT
 
 
 def cost_table() -> str:
-    """Per suite: runs, steps, and core-hours if every script ran as fast as it was measured with default settings."""
+    """Per suite: runs, steps, and core-hours if every script ran as fast as it was measured with default settings.
+
+    No core-hours where a script has not been measured.
+    """
     rows = []
     for name, suite in SUITES.items():
         runs = len(suite.algorithms) * len(suite.tasks) * suite.seeds
         steps = suite.seeds * sum(task.total_timesteps for task in suite.tasks)  # of one algorithm
         scripts = [PRICED_AS.get(algorithm.script, algorithm.script) for algorithm in suite.algorithms.values()]
-        speeds = [MEASURED_SPS[script] for script in scripts]
-        hours = sum(steps / sps * threads for sps, threads in speeds) / 3600
-        rows.append([f"`{name}`", f"{runs:,}", f"{len(speeds) * steps / 1e6:,.1f} M", f"{hours:,.1f}"])
+        speeds = [MEASURED_SPS[script] for script in scripts if script in MEASURED_SPS]
+        hours = f"{sum(steps / sps * threads for sps, threads in speeds) / 3600:,.1f}"
+        cost = hours if len(speeds) == len(scripts) else "not measured"
+        rows.append([f"`{name}`", f"{runs:,}", f"{len(scripts) * steps / 1e6:,.1f} M", cost])
     return markdown(["suite", "runs", "agent steps in all", "core-hours"], rows)
 
 
