@@ -98,6 +98,7 @@ LATEX = {
     "−": "$-$",
 }
 NOT_IN_EVERY_FONT = "ªºµÐðÞþ"
+LATEX_ROWS = 40  # of a tabular, which cannot break over pages
 GREEK = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ"
 
 
@@ -119,16 +120,26 @@ def text_as_latex(text: str) -> str:
 
 
 def table_as_latex(table: Table) -> str:
-    """A tabular with booktabs' rules; numbers are set to the right, and long texts into lines."""
+    """A tabular with booktabs' rules; numbers are set to the right, and long texts into lines.
+
+    It shrinks to the line's width if it is wider, and goes on in a second tabular if it is longer than a page.
+    """
     columns = list(zip(*table.rows, strict=True))
     numbers = [all(re.match(r"[-+]?[\d.,]+( |$)|$", cell) for cell in column) and any(column) for column in columns]
     kinds = [
         "r" if n else "p{4cm}" if len(max(c, key=len)) > 40 else "l" for n, c in zip(numbers, columns, strict=True)
     ]
-    lines = [" & ".join(text_as_latex(called(cell)) for cell in row) + r" \\" for row in [table.header, *table.rows]]
-    begin, end = rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\end{tabular}"
-    rules = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-    return "\n".join([r"% needs \usepackage{booktabs}", begin, *rules, end]) + "\n"
+    head, *lines = [
+        " & ".join(text_as_latex(called(cell)) for cell in row) + r" \\" for row in [table.header, *table.rows]
+    ]
+    begin = [r"\noindent\begin{adjustbox}{max width=\linewidth}", rf"\begin{{tabular}}{{{''.join(kinds)}}}"]
+    end = [r"\end{tabular}", r"\end{adjustbox}%"]  # no space after it, which would be too much
+    pages = [lines[i : i + LATEX_ROWS] for i in range(0, len(lines), LATEX_ROWS)] or [[]]
+    text = [[*begin, r"\toprule", head, r"\midrule", *page, r"\bottomrule", *end] for page in pages]
+    return (
+        "\n\n".join("\n".join(each) for each in [[r"% needs \usepackage{booktabs,adjustbox}", *text[0]], *text[1:]])
+        + "\n"
+    )
 
 
 def write_documents(blocks: list[Block], out: Path) -> None:

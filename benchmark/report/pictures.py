@@ -24,6 +24,11 @@ NAMES = {
     "ppo-fp32": "PPO, float32",
     "deep_spi-chunk-1": "Deep SPI, chunks of 1",
     "gated": "gated",
+    "dream_spi": "DreamSPI",
+    "spr": "SPR",
+    "dbc": "DBC",
+    "spr-utility": "SPR, in the utility",
+    "dbc-utility": "DBC, in the utility",
 }
 COLOURS = {
     "ppo": "#0072B2",
@@ -34,6 +39,7 @@ COLOURS = {
     "ppo-fp32": "#56B4E9",
     "deep_spi-chunk-1": "#000000",
     "gated": "#7F3C8D",
+    "dream_spi": "#882255",
 }
 OTHER_COLOURS = ("#A0522D", "#A5AA99", "#80BA5A", "#8B4513", "#4B4B8F", "#C0A000", "#E68310", "#3969AC")
 LINES = {"additive": "-.", "deep_spi": "--", "sb3": ":", "ppo-fp32": "--", "deep_spi-chunk-1": ":"}

@@ -61,8 +61,7 @@ def opening(results: Results, suite: Path, resamples: int) -> list[Block]:
             "estimate of the final policy. Tables show the mean over seeds. In brackets: 95 % intervals. A task's mean "
             f"has Student's; what goes over tasks has rliable's percentile bootstrap, {resamples:,} resamples of the "
             "seeds within each task, which is too narrow with few seeds: over many tasks by √((n-1)/n), a fifth at "
-            "three, and over a single task, at three seeds, by two thirds of Student's width; but the probability of "
-            "improvement has Wilson's."
+            "three; but the probability of improvement has Wilson's."
         ),
     ]
 
@@ -76,19 +75,26 @@ def unevenness(results: Results, rectangles: list[Rectangle]) -> list[Block]:
 
 def provenance(results: Results, out: Path) -> list[Block]:
     """What the runs were computed with, per algorithm; runs.csv has every run's scores and settings."""
-    names = ("script", "precision", "device", "machine", "torch_threads", "git_commit", "versions")
+    names = ("script", "precision", "device", "torch_threads")
     records = [run_record(run) for run in results.runs]
+    of = {name: [record for record in records if record["algorithm"] == name] for name in results.algorithms}
     rows = []
-    for algorithm in results.algorithms:
-        own = [record for record in records if record["algorithm"] == algorithm]
+    for algorithm, own in of.items():
         cells = ["; ".join(sorted({str(record[name]) for record in own})) for name in names]
         sps = np.median([record["sps"] for record in own])
-        rows.append([algorithm, str(len(own)), *cells[:-1], cells[-1].replace("=", " "), f"{sps:,.0f}"])
+        rows.append([algorithm, str(len(own)), *cells, f"{sps:,.0f}"])
     write_csv(out / "runs.csv", records)
+    lines = []
+    for name in ("machine", "git_commit", "versions"):
+        for value in dict.fromkeys(record[name] for record in records):
+            having = [algorithm for algorithm, own in of.items() if any(record[name] == value for record in own)]
+            whose = "" if len(having) == len(of) else f" ({', '.join(map(called, having))})"
+            lines.append(f"{name}: {str(value).replace('=', ' ')}{whose}")
     return [
         Heading("What was run"),
         Table(["algorithm", "runs", *names, "sps"], rows, "runs"),
         Text("sps: median over runs. `runs.csv` has every run: scores, settings, machine, versions."),
+        Bullets(lines),
     ]
 
 
@@ -117,6 +123,8 @@ def aggregates(results: Results, rectangle: Rectangle, out: Path, resamples: int
         reason += "algorithm"
         why = "Returns of different tasks have different scales, so a mean of them would mean nothing."
         return [heading, Text(f"None: {reason}. {why}")]
+    if len(rectangle.tasks) == 1:
+        return [heading, Text(f"None: there is one task, {rectangle.tasks[0]}. Its scores are below.")]
     scores = aggregation.matrices(results.runs, rectangle, lambda run: run.normalised(results.score(run)))
     estimates = aggregation.estimate(scores, aggregation.four_aggregates, resamples)
     records, rows = [], []
@@ -173,7 +181,7 @@ def improvements(results: Results, rectangle: Rectangle, baseline: str, out: Pat
 def efficiency(results: Results, rectangle: Rectangle, out: Path, resamples: int) -> list[Block]:
     """IQM over steps; over shares of a run where tasks differ in length."""
     heading = Heading("Sample efficiency")
-    if not rectangle.seeds:
+    if not rectangle.seeds or len(rectangle.tasks) == 1:  # of one task its learning curves say it
         return []
     if not results.by_policies and (unlike := results.unlike_envs(rectangle.tasks)):
         return [heading, Text(NO_CURVE + unlike + ".")]

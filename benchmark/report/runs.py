@@ -80,7 +80,7 @@ class Results:
     """All that a suite's folder holds."""
 
     runs: list[FinishedRun]
-    plan: list[Key] | None  # the runs to expect
+    plan: dict[Key, dict] | None  # the runs to expect, and the settings by which each was meant to differ
     unfinished: list[Key]  # without done.json
     unreadable: dict[str, str]  # finished, but not to be trusted: folder → why
     broken: int  # folders that the launcher moved aside
@@ -230,12 +230,11 @@ def read_policies(folder: Path, last_step: int) -> dict[int, np.ndarray]:
     return {step: np.array(games[step]) for step in sorted(games)}
 
 
-def read_plan(path: Path) -> list[Key]:
-    """The runs to expect. Raises ValueError that names the file."""
+def read_plan(path: Path) -> dict[Key, dict]:
+    """The runs to expect, with the settings that the plan names. Raises ValueError that names the file."""
     try:
-        return [
-            (row["algorithm"], row["label"], int(row["seed"])) for row in json.loads(path.read_text(encoding="utf-8"))
-        ]
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {(row["algorithm"], row["label"], int(row["seed"])): dict(row.get("flags", {})) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a list of runs: {error!r}") from None
 

@@ -137,30 +137,54 @@ def uneven_seeds(results: Results) -> list[str]:
 
 
 def mixed_circumstances(results: Results) -> list[str]:
-    """Circumstances that differ anywhere, code that no commit names, settings that differ within an algorithm."""
-    circumstances, inexact, settings = {}, [], defaultdict(dict)
+    """Circumstances that differ anywhere, code that no commit names, settings that differ within an algorithm.
+
+    What the plan names may differ, where the run has it so. A package that a run does not use has no version there.
+    """
+    circumstances, inexact, unlike, settings = {}, [], [], defaultdict(dict)
     for run in results.runs:
+        meant = (results.plan or {}).get(run.key, {})
         versions = {f"version of {name}": version for name, version in run.config["versions"].items()}
-        circumstances[run.key] = {name: circumstance(run.config, name) for name in CIRCUMSTANCES} | versions
+        own = {name: circumstance(run.config, name) for name in CIRCUMSTANCES} | versions
+        circumstances[run.key] = {name: value for name, value in own.items() if name not in meant}
         commit = run.config["git_commit"]
         if not re.fullmatch("[0-9a-f]{40}", commit or ""):
             ending = next((text for ending, text in INEXACT.items() if (commit or "").endswith(ending)), "")
             inexact.append((ending or f"`{commit}` is no commit" if commit else "no commit recorded", run.key))
-        own_names = (*NO_SETTINGS, "total_timesteps")  # whose unevenness has remarks of its own
+        has = run.config["args"] | own  # device and precision are in one of the two
+        for name, value in meant.items():
+            if not same(value, has.get(name)):
+                unlike.append((f"{name} is `{has.get(name, '(absent)')}`, not `{value}`", run.key))
+        own_names = (*NO_SETTINGS, "total_timesteps", *meant)  # whose unevenness has remarks of its own
         args = {name: value for name, value in run.config["args"].items() if name not in own_names}
         settings[run.algorithm][run.key] = {"script": run.config["script"]} | args
-    remarks = mixed(results, circumstances)
+    remarks = mixed(results, circumstances, absent={name for own in circumstances.values() for name in own})
     remarks += [f"Code not exactly known, {group}." for group in grouped(results, inexact)]
+    remarks += [f"Not as planned, {group}." for group in grouped(results, unlike)]
     for algorithm, own in settings.items():
-        remarks += [f"{algorithm}: {remark}" for remark in mixed(results, own)]
+        meant = {name for key in own for name in (results.plan or {}).get(key, {})}  # elsewhere its default
+        remarks += [f"{algorithm}: {remark}" for remark in mixed(results, own, absent=meant)]
     return remarks
 
 
-def mixed(results: Results, values: dict[Key, dict]) -> list[str]:
-    """Every named value that is not the same in all of these runs, and which runs have which."""
+def same(planned: object, had: object) -> bool:
+    """Whether a run has what was planned; on a command line a number is text."""
+    try:
+        return float(planned) == float(had)
+    except (TypeError, ValueError):
+        return str(planned) == str(had)
+
+
+def mixed(results: Results, values: dict[Key, dict], absent: Iterable[str]) -> list[str]:
+    """Every named value that is not the same in all of these runs, and which runs have which.
+
+    A run may lack those in `absent`.
+    """
     remarks = []
     for name in dict.fromkeys(name for own in values.values() for name in own):
-        texts = {key: f"`{own.get(name, '(absent)')}`" for key, own in values.items()}
+        texts = {
+            key: f"`{own.get(name, '(absent)')}`" for key, own in values.items() if name in own or name not in absent
+        }
         groups = grouped(results, ((text, key) for key, text in texts.items()))
         if len(groups) > 1:
             pairs = {(key[1], text) for key, text in texts.items()}

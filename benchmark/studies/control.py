@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 
 from benchmark.common import CURVE_PARTS, RESULTS, markdown, mean_interval, parts
-from benchmark.report.pictures import COLOURS, save_figure
+from benchmark.report.pictures import COLOURS, LINES, save_figure
 from benchmark.report.runs import read_results
 from benchmark.report.scores import ALL, LAST, SEED, Scores, cell, difference, visible_cell, welch
 from benchmark.suites import CONTROL_STEPS, CONTROL_TASKS, SOLVED_AT
@@ -65,9 +65,10 @@ def placement_difference_table(scores: Scores) -> str:
 
 
 def curves() -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Task → algorithm → steps (points,) and returns (seeds, points), where every seed of every algorithm has games."""
+    """Task → placement → steps (points,) and returns (seeds, points), where every seed of every placement has games."""
     found = defaultdict(lambda: defaultdict(list))  # {step: return} of each seed, in the order of the seeds
-    for run in sorted(read_results(FOLDER).runs, key=lambda run: run.seed):
+    runs = (run for run in read_results(FOLDER).runs if run.algorithm in PLACEMENTS.values())
+    for run in sorted(runs, key=lambda run: run.seed):
         found[run.task][run.algorithm].append(dict(parts(run.ends, run.returns, run.done["steps"], CURVE_PARTS)))
     table = {}
     for task, algorithms in found.items():
@@ -90,10 +91,11 @@ def draw() -> None:
             steps, colour = steps / 1000, COLOURS[algorithm]
             shaded = {"color": colour, "alpha": 0.25, "linewidth": 0}
             above.fill_between(steps, *mean_interval(returns), **shaded)
-            above.plot(steps, returns.mean(axis=0), color=colour, linewidth=1.5, label=name)
+            line = {"color": colour, "linestyle": LINES.get(algorithm, "-"), "linewidth": 1.5}  # grey print tells them
+            above.plot(steps, returns.mean(axis=0), label=name, **line)
             if name != "Deep SPI":
                 below.fill_between(steps, *mean_interval(ours - returns), **shaded)
-                below.plot(steps, (ours - returns).mean(axis=0), color=colour, label=f"Deep SPI − {name}")
+                below.plot(steps, (ours - returns).mean(axis=0), label=f"Deep SPI − {name}", **line)
         above.set_title(task.label)
         above.axhline(SOLVED_AT[task.env_id], color="0.4", linestyle="--", linewidth=1)
         below.axhline(0, color="0.4", linewidth=1)
