@@ -18,6 +18,7 @@ from benchmark.studies import (
     early,
     pilot,
     placements,
+    planning,
     pretrained,
     throughput,
     transition,
@@ -48,6 +49,10 @@ def cost_table() -> str:
 TABLES = {
     "control_scores": lambda: control.placement_score_table(read_scores(control.FOLDER)),
     "control_differences": lambda: control.placement_difference_table(read_scores(control.FOLDER)),
+    "gated": lambda: control.gated_table(read_scores(control.FOLDER), read_scores(control.GATED)),
+    "planning_control": planning.control_table,
+    "planning": planning.planning_table,
+    "planning_atari": planning.atari_table,
     "atari_200k": atari_200k.table,
     "clip": clip.table,
     "speed_ratios": lambda: throughput.ratio_table(RESULTS),
@@ -93,5 +98,6 @@ def main() -> None:
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
     confounding_mechanism.draw(confounding.FOLDER)
     placements.draw()
+    planning.draw()
     transition.draw()
     print("the documents and the pictures in benchmark/results are up to date with the CSV files there")

@@ -14,13 +14,14 @@ import numpy as np
 from benchmark.common import CURVE_PARTS, RESULTS, markdown, mean_interval, parts
 from benchmark.report.pictures import COLOURS, LINES, save_figure
 from benchmark.report.runs import read_results
-from benchmark.report.scores import ALL, LAST, SEED, Scores, cell, difference, visible_cell, welch
+from benchmark.report.scores import ALL, LAST, SEED, Scores, cell, difference, varies, visible_cell, welch
 from benchmark.suites import CONTROL_STEPS, CONTROL_TASKS, SOLVED_AT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FOLDER = RESULTS / "suites" / "control"
+GATED = RESULTS / "suites" / "gated"
 PLACEMENTS = {"PPO": "ppo", "additive": "additive", "Deep SPI": "deep_spi"}  # of suite `control`
 
 
@@ -62,6 +63,21 @@ def placement_difference_table(scores: Scores) -> str:
             rows.append(row)
     columns = [column for name in ("PPO", "additive") for column in (f"Deep SPI − {name}", "paired", "could have seen")]
     return markdown(["task", "outcome", *columns], rows)
+
+
+def gated_table(scores: Scores, of_gated: Scores) -> str:
+    """Markdown: how the gated placement ends each task, against the other two (protocol: benchmark/PROTOCOL.md)."""
+    rows = []
+    for task, algorithms in of_gated.items():
+        own = algorithms["gated"][LAST]
+        row = [task, cell(own.mean(), *mean_interval(own), "z.1f")]
+        for name in ("Deep SPI", "additive"):
+            other = scores[task][PLACEMENTS[name]][LAST]
+            p = f", p {welch(own, other).pvalue:.3f}" if varies(own, other) else ""
+            row += [cell(*difference(own, other), "+z.1f") + p, visible_cell(own, other, "z.1f")]
+        rows.append(row)
+    columns = [column for name in ("Deep SPI", "additive") for column in (f"gated − {name}", "could have seen")]
+    return markdown(["task", "gated, last 100 games", *columns], rows)
 
 
 def curves() -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:

@@ -49,6 +49,14 @@ MINIBATCHES, ROWS, FRAMES = 16, 256, 288  # an iteration's updates; transitions 
 STAGES = {  # an iteration's parts, and their colours: grey, blue, red, orange, light grey
     **{"environment": "C7", "encoder, 16 updates": "C0", "P̄ and ℓ_P": "C3", "R̄ and ℓ_R": "C1", "all else": "0.8"},
 }
+FORMS = {  # for which numbers of actions each script is run in each form; only what P̄ is part of depends on A
+    "ppo_baseline": {"": (4, 6, 18), "fp32": (6,), "learner": (6,), "plain": (6,)},
+    "deepmdp_ppo_atari": {"": (4, 6, 18), "learner": (6,)},
+    "deep_spi_ppo_atari": {"": (4, 6, 18), "learner": (4, 6, 18), "plain": (6, 18)},
+    "spr_ppo_atari": {"": (4, 18)},
+    "dbc_ppo_atari": {"": (4, 18)},
+    "dream_spi_atari": {"": (4, 18)},
+}
 RATIOS = {  # label: above and below the fraction line, each (case, measure)
     "`ppo_baseline.py` : plain, end to end": (("ppo_baseline A=6", "sps"), ("ppo_baseline plain A=6", "sps")),
     **{
@@ -67,9 +75,10 @@ RATIOS = {  # label: above and below the fraction line, each (case, measure)
             (f"{script} A={a}", "sps"),
             (f"ppo_baseline A={a}", "sps"),
         )
-        for script in ("deepmdp_ppo_atari", "deep_spi_ppo_atari")
-        for a in (4, 6, 18)
+        for script in ("deepmdp_ppo_atari", "deep_spi_ppo_atari", "spr_ppo_atari", "dbc_ppo_atari", "dream_spi_atari")
+        for a in FORMS[script][""]
     },
+    "`dream_spi_atari.py`, A = 18 : A = 4": (("dream_spi_atari A=18", "sps"), ("dream_spi_atari A=4", "sps")),
     **{
         f"`{script}.py` : PPO in CleanRL's form (float32), A = 4": (
             (f"{script} A=4", "sps"),
@@ -106,13 +115,6 @@ class Case:
     command: tuple[str, ...]
     num_actions: int
     iterations: int = 3
-
-
-FORMS = {  # for which numbers of actions each script is run in each form; only what P̄ is part of depends on A
-    "ppo_baseline": {"": (4, 6, 18), "fp32": (6,), "learner": (6,), "plain": (6,)},
-    "deepmdp_ppo_atari": {"": (4, 6, 18), "learner": (6,)},
-    "deep_spi_ppo_atari": {"": (4, 6, 18), "learner": (4, 6, 18), "plain": (6, 18)},
-}
 
 
 def cases() -> dict[str, Case]:
