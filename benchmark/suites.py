@@ -95,6 +95,17 @@ PARALLELISM = {
     for shape, (num_envs, num_steps) in SHAPES.items()
 }
 
+# What the published code does otherwise than DreamSPI here, one thing at a time, and all together.
+PUBLISHED_WAYS = ("stale_gradients", "learned_dummies", "lost_dones", "final_limits")
+PUBLISHED_PLANNING = {
+    "dream_spi": PLANNING["dream_spi"],
+    **{
+        name.replace("_", "-"): Algorithm("benchmark/peers/dream_spi_published.py", {name: True})
+        for name in PUBLISHED_WAYS
+    },
+    "published": Algorithm("benchmark/peers/dream_spi_published.py", dict.fromkeys(PUBLISHED_WAYS, True)),
+}
+
 LONG = {name: AUXILIARY[name] for name in ("ppo", "deep_spi", "additive", "deepmdp")}
 
 ABLATION = {
@@ -209,6 +220,7 @@ SUITES = {
     "planning": Suite(
         CLIP_BY_HORIZON, [Task("CartPole-v1", 200_000), Task("Acrobot-v1", 200_000)], seeds=5, evaluate=0
     ),
+    "planning-published": Suite(PUBLISHED_PLANNING, [Task("CartPole-v1", 200_000)], seeds=5, evaluate=0),
     "planning-atari": Suite(
         {"dream_spi": ATARI["dream_spi"]}, [Task("Pong-v5", 200_000), Task("Boxing-v5", 200_000)], seeds=1
     ),
@@ -220,18 +232,24 @@ SUITES = {
 
 # ---- Cost
 
-# Agent steps per second and the threads that took part, with default settings (DeepMDP: with 128 x 8), on a Xeon with
-# bf16 matrix units, which the default precision makes use of. Atari: results/throughput.csv, 18 actions, the slowest.
-# Vectors: about the median of the 40 runs of LunarLander-v3 with a world model in results/suites/control.
+# Agent steps per second and the threads that took part, with default settings (DeepMDP: with 128 x 8), on an EPYC with
+# bf16 units, which the default precision makes use of. Atari: results/throughput.csv, 18 actions, the slowest. Vectors:
+# about the median of the 40 runs of LunarLander-v3 with a world model in results/suites/control, on a Xeon;
+# of dream_spi.py about those of results/planning.csv.
 MEASURED_SPS = {
     "deep_spi_ppo.py": (7000, 1),
-    "ppo_baseline.py": (1308, 2),
-    "deepmdp_ppo_atari.py": (571, 2),
-    "deep_spi_ppo_atari.py": (534, 2),
-    "benchmark/peers/sb3_ppo.py": (478, 2),
+    "dream_spi.py": (5500, 1),
+    "ppo_baseline.py": (1274, 2),
+    "deepmdp_ppo_atari.py": (641, 2),
+    "deep_spi_ppo_atari.py": (628, 2),
+    "spr_ppo_atari.py": (356, 2),
+    "dbc_ppo_atari.py": (1259, 2),
+    "dream_spi_atari.py": (473, 2),
+    "benchmark/peers/sb3_ppo.py": (685, 2),
 }
 PRICED_AS = {  # not measured themselves
     "benchmark/peers/deep_spi_published_norm.py": "deep_spi_ppo_atari.py",
     "benchmark/peers/deep_spi_ppo_atari_transition.py": "deep_spi_ppo_atari.py",
     "benchmark/peers/deep_spi_ppo_transition.py": "deep_spi_ppo.py",
+    "benchmark/peers/dream_spi_published.py": "dream_spi.py",
 }

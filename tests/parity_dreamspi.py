@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dream_spi_atari
+from benchmark.peers.dream_spi_published import StaleLoss
 from tests.parity import Comparison, from_hwio, hwio, relative_error
 
 TOLERANCE, DELTA_TOLERANCE = 2e-5, 3e-4
@@ -122,29 +123,6 @@ def draw(case: dict[str, np.ndarray], agent: nn.Module) -> Inputs:
         action_noise, latent_noise, float32(np.log(uniform) - np.log1p(-uniform)), ac_noise,
         torch.from_numpy(random.permutation(horizon * rows)),
     )  # fmt: skip
-
-
-class StaleLoss:
-    """A loss whose gradients are the published ones: at the first part's current weights, and the others' old ones.
-
-    `stale` is the agent as it was when the iteration began. Its first part is brought up to date before each loss.
-    """
-
-    def __init__(self, script: ModuleType, agent: nn.Module, stale: nn.Module, first: str, loss_of):
-        with torch.no_grad():
-            for ours, current in zip(stale.parts()[first], agent.parts()[first], strict=True):
-                ours.copy_(current)
-        self.agent, self.stale = agent, stale
-        self.loss, self.stats = loss_of(stale)
-
-    def backward(self, inputs: list[nn.Parameter]) -> None:
-        """As Tensor.backward."""
-        of_stale = dict(zip(self.agent.parameters(), self.stale.parameters(), strict=True))
-        self.stale.zero_grad()
-        self.loss.backward(inputs=[of_stale[parameter] for parameter in inputs])
-        for parameter in inputs:
-            gradient = of_stale[parameter].grad
-            parameter.grad = None if gradient is None else gradient.clone()
 
 
 def share_layer(agent: nn.Module) -> nn.Module:
@@ -343,7 +321,7 @@ class Check:
                     batch = self.script.Transitions(*(x[minibatch] for x in self.real))
                     of_agent = partial(self.model_loss_of, batch, next(noise))
                     if gradients == "published":
-                        loss = StaleLoss(self.script, agent, stale, "encoder", of_agent)
+                        loss = StaleLoss(agent, stale, "encoder", of_agent)
                         stats = loss.stats
                     else:
                         loss, stats = of_agent(agent)
@@ -407,7 +385,7 @@ class Check:
             batch = self.script.Transitions(*(x[minibatch] for x in flat))
             of_agent = partial(self.behaviour_loss_of, batch)
             if gradients == "published":
-                loss = StaleLoss(self.script, agent, stale, "actor", of_agent)
+                loss = StaleLoss(agent, stale, "actor", of_agent)
                 stats = loss.stats
             else:
                 loss, stats = of_agent(agent)

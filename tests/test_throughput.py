@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deep_spi_ppo_atari
 import ppo_baseline
+import spr_ppo_atari
 from benchmark.peers import plain
 from benchmark.studies import throughput
 
@@ -64,7 +65,8 @@ def test_tables_of_two_rounds(tmp_path):
     """Ratios are taken round by round: 2 and 4, so 3; not 30/10.5."""
     values = {("ppo_baseline A=6", "sps"): (20, 40), ("stable_baselines3 A=6", "sps"): (10, 10)}
     values |= {("ppo_baseline A=6", "peak_memory_gb"): (1, 1.5), ("ppo_baseline A=6", "overhead_s"): (8, 8)}
-    values |= {("stages A=6", "ppo_flops"): (2e12, 2e12), ("stages A=6", "matrix_flops_per_s"): (1e11, 1e11)}
+    work = throughput.iteration_flops("ppo_baseline", 6)
+    values |= {("stages A=6", "matrix_flops_per_s"): (work / 20, work / 20)}
     values |= {("stages A=6", "environment_sps"): (1024, 1024)}
     values |= {("stable_baselines3 A=6", name): (1, 1) for name in ("peak_memory_gb", "overhead_s")}
     with open(tmp_path / "throughput.csv", "w", newline="") as file:
@@ -74,11 +76,11 @@ def test_tables_of_two_rounds(tmp_path):
     ratios = throughput.ratio_table(tmp_path)
     assert "Stable-Baselines3's PPO (float32), A = 6 | 3.00 | 2.00 to 4.00 | 2 |" in ratios
     assert "A = 4" not in ratios  # which no case had
-    # (2e12 / 1e11 + 1 second) at best, 1024 / 30 seconds measured
-    assert "| ppo_baseline A=6 | 30 | 1.25 | 8.0 | 62 % |" in throughput.speed_table(tmp_path)
+    # (20 + 1 seconds) at best, 1024 / 30 seconds measured
+    assert f"| ppo_baseline A=6 | 30 | 1.25 | 8.0 | {work / 1e9:.0f} | 62 % |" in throughput.speed_table(tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["", "throughput_rewrite"])
+@pytest.mark.parametrize("folder", ["", "throughput_amx"])
 def test_parts_of_an_iteration_sum_to_the_whole(folder):
     values = throughput.values_by_case(throughput.RESULTS / folder)
     drawn = 0
@@ -95,22 +97,25 @@ def test_parts_of_an_iteration_sum_to_the_whole(folder):
 def test_operations_are_those_of_the_scripts():
     """torch counts the same for the baseline, and for Deep SPI some more: σ, kernels picked, patches moved."""
 
-    def counted(script, world_model):
+    def counted(script, world_model, *others):
         agent, args = script.Agent(6), script.Args(device="cpu")
         fields = {"actions": torch.arange(256) % 6, "old_log_probs": torch.zeros(256, 6), "mask": torch.ones(256)}
         fields |= dict.fromkeys(("rewards", "advantages", "returns"), torch.zeros(256))
         fields["obs"] = torch.zeros((32, 8 + world_model, 84, 84, 4), dtype=torch.uint8)
         batch = script.Transitions(*(fields[name] for name in script.Transitions._fields))
-        noise = (torch.zeros(256, *agent.transition_model.noise_shape),) if world_model else ()
+        noise = (torch.zeros(256, *agent.transition_model.noise_shape),) if world_model and not others else others
         with FlopCounterMode(display=False) as update:
             script.compute_loss(agent, batch, args, *noise)[0].backward()
         with FlopCounterMode(display=False) as rollout, torch.no_grad():
             agent.policy_and_value(agent.encode(fields["obs"].flatten(0, 1)[:128]))
         return 16 * update.get_total_flops() + 9 * rollout.get_total_flops()
 
-    assert throughput.iteration_flops(False, 6) == pytest.approx(counted(ppo_baseline, False), rel=0.01)
-    ratio = counted(deep_spi_ppo_atari, True) / throughput.iteration_flops(True, 6)
-    assert 1 < ratio < 1.2
+    work = {script: throughput.iteration_flops(script, 6) for script in throughput.COUNTED}
+    assert work["ppo_baseline"] == pytest.approx(counted(ppo_baseline, False), rel=0.01)
+    assert 1 < counted(deep_spi_ppo_atari, True) / work["deep_spi_ppo_atari"] < 1.2
+    target = spr_ppo_atari.Agent(6).requires_grad_(False)
+    spr = counted(spr_ppo_atari, True, torch.Generator().manual_seed(0), target)
+    assert work["spr_ppo_atari"] == pytest.approx(spr, rel=0.01)
 
 
 @pytest.mark.slow

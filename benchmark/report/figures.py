@@ -52,13 +52,12 @@ TABLES = {
     "gated": lambda: control.gated_table(read_scores(control.FOLDER), read_scores(control.GATED)),
     "planning_control": planning.control_table,
     "planning": planning.planning_table,
+    "planning_published": planning.published_table,
     "planning_atari": planning.atari_table,
     "atari_200k": atari_200k.table,
     "clip": clip.table,
     "speed_ratios": lambda: throughput.ratio_table(RESULTS),
-    "speed_ratios_later": lambda: throughput.ratio_table(RESULTS / "throughput_later"),
-    "speed_ratios_rewrite": lambda: throughput.ratio_table(RESULTS / "throughput_rewrite"),
-    "speed_rewrite": lambda: throughput.speed_table(RESULTS / "throughput_rewrite"),
+    "speed_ratios_amx": lambda: throughput.ratio_table(RESULTS / "throughput_amx"),
     "speed": lambda: throughput.speed_table(RESULTS),
     "confounding": lambda: confounding.drawdown_table(confounding.by_setting(confounding.read_runs())),
     "mechanism": lambda: confounding_mechanism.table(confounding.FOLDER),
@@ -94,10 +93,10 @@ def main() -> None:
     clip.draw()
     control.draw()
     throughput.draw(RESULTS)
-    throughput.draw(RESULTS / "throughput_rewrite")
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
     confounding_mechanism.draw(confounding.FOLDER)
     placements.draw()
     planning.draw()
+    planning.draw_control()
     transition.draw()
     print("the documents and the pictures in benchmark/results are up to date with the CSV files there")

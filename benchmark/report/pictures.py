@@ -42,7 +42,7 @@ COLOURS = {
     "dream_spi": "#882255",
 }
 OTHER_COLOURS = ("#A0522D", "#A5AA99", "#80BA5A", "#8B4513", "#4B4B8F", "#C0A000", "#E68310", "#3969AC")
-LINES = {"additive": "-.", "deep_spi": "--", "sb3": ":", "ppo-fp32": "--", "deep_spi-chunk-1": ":"}
+LINES = {"additive": "-.", "deep_spi": "--", "sb3": ":", "ppo-fp32": "--", "deep_spi-chunk-1": ":", "dream_spi": ":"}
 MOST_BANDS = 3  # in one panel; with more intervals than that it is a fog
 
 

@@ -7,6 +7,7 @@ one is expected to miss 0 by chance. This was fixed when 34 of the 180 runs, tho
 """
 
 from collections import defaultdict
+from collections.abc import Collection
 
 import matplotlib
 import numpy as np
@@ -80,16 +81,16 @@ def gated_table(scores: Scores, of_gated: Scores) -> str:
     return markdown(["task", "gated, last 100 games", *columns], rows)
 
 
-def curves() -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Task → placement → steps (points,) and returns (seeds, points), where every seed of every placement has games."""
+def curves(algorithms: Collection[str] = PLACEMENTS.values()) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Task → algorithm → steps (points,) and returns (seeds, points), where every seed of every algorithm has games."""
     found = defaultdict(lambda: defaultdict(list))  # {step: return} of each seed, in the order of the seeds
-    runs = (run for run in read_results(FOLDER).runs if run.algorithm in PLACEMENTS.values())
+    runs = (run for run in read_results(FOLDER).runs if run.algorithm in algorithms)
     for run in sorted(runs, key=lambda run: run.seed):
         found[run.task][run.algorithm].append(dict(parts(run.ends, run.returns, run.done["steps"], CURVE_PARTS)))
     table = {}
-    for task, algorithms in found.items():
-        steps = sorted(set.intersection(*(set(seed) for seeds in algorithms.values() for seed in seeds)))
-        of = {name: np.array([[seed[step] for step in steps] for seed in seeds]) for name, seeds in algorithms.items()}
+    for task, own in found.items():
+        steps = sorted(set.intersection(*(set(seed) for seeds in own.values() for seed in seeds)))
+        of = {name: np.array([[seed[step] for step in steps] for seed in seeds]) for name, seeds in own.items()}
         table[task] = {name: (np.array(steps), returns) for name, returns in of.items()}
     return table
 

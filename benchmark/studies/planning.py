@@ -1,6 +1,7 @@
 """DreamSPI on vectors: how far the actor may move, how far it plans: python -m benchmark.studies.planning FOLDER
 
-Reads the finished runs of `dream_spi` in suite `control`, and those of suites `planning` and `planning-atari`, below
+Reads the finished runs of `dream_spi` in suite `control`, and those of suites `planning`, `planning-published` and
+`planning-atari`, below
 FOLDER (runs/benchmark) into results/planning.csv: a row each, with how the return went, what the actor did in
 imagination, and what the world model pays. Tables and picture come from that file, and from results/suites/control for
 PPO and Deep SPI. The protocol, with what decides, is in benchmark/PROTOCOL.md.
@@ -27,15 +28,17 @@ from benchmark.common import (
     read_table,
     settings_text,
 )
-from benchmark.report.pictures import save_figure
+from benchmark.report.pictures import COLOURS as METHOD_COLOURS
+from benchmark.report.pictures import LINES, called, save_figure
 from benchmark.report.scores import LAST, cell, difference, read_scores, varies, welch
+from benchmark.studies import control
 from benchmark.suites import CLIPS, CONTROL_STEPS, HORIZONS, RANDOM_PLAYER, SOLVED_AT, SUITES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FILE = RESULTS / "planning.csv"
-STUDY = ("control", "planning", "planning-atari")
+STUDY = ("control", "planning", "planning-published", "planning-atari")
 TASKS = [task.env_id for task in SUITES["planning"].tasks]
 MEASURES = {  # column → metric, of which the median over all iterations is taken
     "reward_loss": "world_model/reward_loss",
@@ -123,7 +126,7 @@ def cell_of(runs_of: dict, clip: float, horizon: int, name: str, task: str | Non
 
 def control_table() -> str:
     """Markdown: which control tasks DreamSPI solves, beside PPO and Deep SPI in as many steps."""
-    dreams, scores, table = runs("control"), read_scores(RESULTS / "suites" / "control"), []
+    dreams, scores, table = runs("control"), read_scores(control.FOLDER), []
     for task in CONTROL_STEPS:
         rows = dreams[task, "dream_spi"]
         if not rows:
@@ -169,6 +172,26 @@ def planning_table() -> str:
     return markdown([*header, "error of the imagined return", "ℓ_R", "ℓ_P", "largest ratio", "inside"], table)
 
 
+def published_table() -> str:
+    """Markdown: what each thing that the published code does otherwise changes, on CartPole-v1."""
+    found, table = runs("planning-published"), []
+    (task,) = SUITES["planning-published"].tasks
+    base = found[task.env_id, "dream_spi"]
+    for arm in SUITES["planning-published"].algorithms:
+        rows = found[task.env_id, arm]
+        if not rows:
+            continue
+        last, mean = column(rows, "last_100"), column(rows, "mean")
+        rates = f"{column(rows, 'done_rate').mean():.2g}; {column(rows, 'real_done_rate').mean():.2g}"
+        losses = [f"{column(rows, name).mean():.2g}" for name in ("reward_loss", "transition_loss")]
+        against = "" if arm == "dream_spi" else cell(*difference(mean, column(base, "mean")), "+z.2f")
+        solved = f"{last.mean():z.0f}; {(last >= SOLVED_AT[task.env_id]).sum()} of {len(last)}"
+        name = {"dream_spi": "the script", "published": "all four"}.get(arm, f"`--{arm}`")
+        table.append([name, solved, f"{mean.mean():z.2f}", against, rates, *losses])
+    header = ["", "last 100; solved", "mean return", "− the script", "imagined; real ends a step", "ℓ_R", "ℓ_P"]
+    return markdown(header, table)
+
+
 def atari_table() -> str:
     """Markdown: what the first steps of DreamSPI on Atari know and do."""
     table = []
@@ -201,6 +224,27 @@ def draw() -> None:
     axes[0, 0].legend(title="clip", fontsize=8)
     figure.supylabel("normalised return")
     save_figure(figure, RESULTS / "planning.png")
+
+
+def draw_control() -> None:
+    """Return over steps of DreamSPI, Deep SPI and PPO: means over seeds with their intervals, a panel a task."""
+    shown = ("ppo", "deep_spi", "dream_spi")
+    table = control.curves(shown)
+    tasks = [task for task in CONTROL_STEPS if "dream_spi" in table.get(task, {})]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.6), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for name in shown:
+            steps, returns = table[task][name]
+            look = {"color": METHOD_COLOURS[name], "ls": LINES.get(name, "-"), "label": called(name)}
+            axis.plot(steps / 1000, returns.mean(axis=0), lw=1.5, **look)
+            low, high = mean_interval(returns)
+            axis.fill_between(steps / 1000, low, high, color=METHOD_COLOURS[name], alpha=0.2, lw=0)
+        axis.axhline(SOLVED_AT[task], color="0.4", ls="--", lw=1)
+        axis.set_title(task, fontsize=10)
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].set_ylabel("return")
+    figure.supxlabel("environment steps, in thousands")
+    save_figure(figure, RESULTS / "planning_control.png")
 
 
 def main(words: list[str] | None = None) -> None:

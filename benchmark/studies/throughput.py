@@ -46,6 +46,7 @@ TABLE = RESULTS / "throughput.csv"
 GAMES = {4: "Breakout-v5", 6: "Pong-v5", 18: "Boxing-v5"}  # by number of actions
 ITERATION = 128 * 8  # agent steps
 MINIBATCHES, ROWS, FRAMES = 16, 256, 288  # an iteration's updates; transitions and encoded frames of each
+COUNTED = ("ppo_baseline", "deep_spi_ppo_atari", "spr_ppo_atari")  # whose operations `iteration_flops` knows
 STAGES = {  # an iteration's parts, and their colours: grey, blue, red, orange, light grey
     **{"environment": "C7", "encoder, 16 updates": "C0", "P̄ and ℓ_P": "C3", "R̄ and ℓ_R": "C1", "all else": "0.8"},
 }
@@ -253,28 +254,32 @@ def stages(num_actions: int) -> dict[str, float]:
         "environment_sps": 64 * args.num_envs / timed(environment, repeats=3),
     }
     matrix = torch.randn(2048, 2048, dtype=dtype)
-    result["matrix_flops_per_s"] = 2 * 2048**3 / timed(lambda: matrix @ matrix)
-    return result | {
-        "deep_spi_flops": iteration_flops(True, num_actions),
-        "ppo_flops": iteration_flops(False, num_actions),
-    }
+    return result | {"matrix_flops_per_s": 2 * 2048**3 / timed(lambda: matrix @ matrix)}
 
 
-def iteration_flops(world_model: bool, num_actions: int) -> float:
+def iteration_flops(script: str, num_actions: int) -> float:
     """Multiplications and additions that an iteration cannot do without, counted by hand.
 
     They are the policy's on 128 frames at 9 moments, and 16 updates: forward, and twice that backward, but for the
     first layer, whose input needs no gradient. What a form does beside that (spectral norms, picking kernels, moving
-    patches) is its own affair.
+    patches) is its own affair. Raises KeyError for a script that is not counted.
     """
     convolutions = [20 * 20 * 32 * 256, 9 * 9 * 64 * 512, 7 * 7 * 64 * 576]
     heads = 3136 * 512 + 512 * num_actions + 512
     transition = 49 * 128 * 256 + 49 * 640 * 32 + 6272 * 5 + 3136 * 5  # of the taken action
     reward = 3136 * 256 + 256 * 256 + 256
     frame = 2 * (3 * sum(convolutions) - convolutions[0])
-    row = 6 * (heads + world_model * (transition + reward))
     rollout = 9 * 128 * 2 * (sum(convolutions) + heads)
-    return rollout + MINIBATCHES * ((FRAMES if world_model else ROWS) * frame + ROWS * row)
+    # SPR: frames once more, augmented; as targets without gradient; 1 to 5 steps ahead of a chunk's 8, with h, g, q.
+    h, g, q = 49 * 64 * 9 * (64 + num_actions) + 49 * 64 * 9 * 64, 3136 * 512, 512 * 512
+    ahead = ROWS // 8 * (8 + 7 + 6 + 5 + 4)
+    spr = ROWS * frame + FRAMES * 2 * (sum(convolutions) + g) + ahead * 6 * (h + g + q)
+    update = {
+        "ppo_baseline": ROWS * (frame + 6 * heads),
+        "deep_spi_ppo_atari": FRAMES * frame + ROWS * 6 * (heads + transition + reward),
+        "spr_ppo_atari": ROWS * (frame + 6 * heads) + spr,
+    }
+    return rollout + MINIBATCHES * update[script]
 
 
 def describe_machine() -> str:
@@ -315,21 +320,23 @@ def speed_table(results: Path) -> str:
         sps, memory, overhead = (
             np.median(values[case, measure]) for measure in ("sps", "peak_memory_gb", "overhead_s")
         )
-        rows.append([case, f"{sps:.0f}", f"{memory:.2f}", f"{overhead:.1f}", roofline_share(values, case, sps)])
-    return markdown(["case", "steps/s", "peak memory, GB", "overhead, s", "of the roofline"], rows)
+        name, _, num_actions = case.partition(" A=")
+        work = f"{iteration_flops(name, int(num_actions)) / 1e9:.0f}" if name in COUNTED else ""
+        share = roofline_share(values, case, sps)
+        rows.append([case, f"{sps:.0f}", f"{memory:.2f}", f"{overhead:.1f}", work, share])
+    header = ["case", "steps/s", "peak memory, GB", "overhead, s", "GFLOP an iteration", "of the roofline"]
+    return markdown(header, rows)
 
 
 def roofline_share(values: dict, case: str, sps: float) -> str:
     """Time of an iteration's multiplications at the matrix peak plus the environment's own, over the time it takes."""
     name, _, num_actions = case.partition(" A=")
-    algorithm = {"ppo_baseline": "ppo", "deep_spi_ppo_atari": "deep_spi"}.get(name)
-    if algorithm is None:
+    if name not in COUNTED:
         return ""
-    stages = {
-        measure: np.median(values[f"stages A={num_actions}", measure])
-        for measure in (f"{algorithm}_flops", "matrix_flops_per_s", "environment_sps")
-    }
-    bound = stages[f"{algorithm}_flops"] / stages["matrix_flops_per_s"] + ITERATION / stages["environment_sps"]
+    matrix, environment = (
+        np.median(values[f"stages A={num_actions}", measure]) for measure in ("matrix_flops_per_s", "environment_sps")
+    )
+    bound = iteration_flops(name, int(num_actions)) / matrix + ITERATION / environment
     return f"{100 * bound / (ITERATION / sps):.0f} %"
 
 

@@ -1,0 +1,110 @@
+"""The study of DreamSPI on vectors: its rows, what decides, its tables and pictures."""
+
+import csv
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import dream_spi
+from benchmark.studies import control, planning
+from benchmark.suites import CLIPS, HORIZONS, PLANNING, SUITES
+
+
+def row(task, clip, horizon, seed, **values):
+    """A row of suite `planning`; what is not given is 1."""
+    key = {"suite": "planning", "arm": f"clip{clip:g}-h{horizon}", "task": task, "seed": seed, "steps": 1000}
+    numbers = dict.fromkeys(("last_100", "mean", "fall", *planning.MEASURES), 1.0)
+    return key | numbers | values
+
+
+def write(rows):
+    with open(planning.FILE, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "FILE", tmp_path / "planning.csv")
+    return tmp_path
+
+
+def test_every_cell_is_planned_and_differs_only_by_clip_and_horizon():
+    algorithms = SUITES["planning"].algorithms
+    assert {tuple(a.flags.values()) for a in algorithms.values()} == {(c, h) for c in CLIPS for h in HORIZONS}
+    assert {a.script for a in algorithms.values()} == {PLANNING["dream_spi"].script} and not PLANNING["dream_spi"].flags
+    default = dream_spi.Args()
+    assert algorithms["clip0.1-h8"].flags == {
+        "imagination_clip_coef": default.imagination_clip_coef,
+        "horizon": default.horizon,
+    }
+    assert min(CLIPS) == pytest.approx(1 / default.gamma - 1, rel=0.02)  # the theorem's
+
+
+def test_a_fall_is_below_an_earlier_value():
+    assert planning.fall(np.array([0.0, 1.0, 0.25, 0.75, 0.5])) == 0.75
+    assert planning.fall(np.array([0.0, 0.5, 2.0])) == 0
+
+
+def test_the_outcome_pairs_seeds_and_averages_over_tasks(own_file):
+    falls = {0.01: (0.1, 0.2, 0.3), 0.1: (0.2, 0.5, 0.5)}  # of Acrobot 0.2 more each, which leaves the differences
+    write(
+        [
+            row(task, clip, 8, seed, fall=value + 0.2 * (task != "CartPole-v1"))
+            for task in planning.TASKS
+            for clip, values in falls.items()
+            for seed, value in enumerate(values, start=1)
+        ]
+    )
+    # differences -0.1, -0.3, -0.2: mean -0.2, half width t(2) 0.1 / √3 = 0.248
+    assert planning.outcome() == "-0.20 [-0.45, +0.05]"
+
+
+def test_the_table_has_every_cell(own_file):
+    write(
+        [
+            row(
+                task, clip, horizon, seed, mean=horizon / 10, last_100=500 if seed < 3 else -500, return_error=2.0,
+                real_return=-4.0,
+            )
+            for task in planning.TASKS
+            for clip in CLIPS
+            for horizon in HORIZONS
+            for seed in (1, 2, 3)
+        ]
+    )  # fmt: skip
+    lines = planning.planning_table().splitlines()[2:]
+    assert len(lines) == 12
+    assert lines[0].startswith("| 0.01 | 1 | 167; 2 of 3 | 167; 2 of 3 | 0.10")
+    assert lines[0].endswith("| 1.00 | 0.50 | 1 | 1 | 1.00 | 1.00 |")
+    assert lines[-1].startswith("| 0.3 | 15 |") and "| 1.50" in lines[-1]
+
+
+def test_a_run_gives_a_row_and_replaces_its_older_one(own_file):
+    with pytest.raises(SystemExit):
+        planning.collect(own_file / "runs")
+    run_dir = own_file / "runs" / "planning" / "clip0.3-h4" / "CartPole-v1" / "7"
+    args = dream_spi.Args(
+        num_envs=8, num_steps=16, total_timesteps=128 * 10, horizon=4, imagination_clip_coef=0.3, seed=7, device="cpu",
+        run_dir=str(run_dir),
+    )  # fmt: skip
+    dream_spi.train(args)
+    (run_dir / "done.json").write_text("{}")
+    for _ in range(2):
+        assert planning.collect(own_file / "runs") == 1
+        (written,) = planning.read_table(planning.FILE)
+    assert (written["seed"], written["clip"], written["horizon"], written["steps"]) == ("7", "0.3", "4", "1280")
+    logged = planning.read_events(run_dir)["imagination/return_error"][1]
+    assert len(logged) == 10 and float(written["return_error"]) == pytest.approx(np.median(logged), rel=1e-4)
+    episodes = planning.read_episodes(run_dir)
+    assert float(written["last_100"]) == pytest.approx(episodes[-100:, 1].mean(), rel=1e-4)
+    edges = np.linspace(0, 1280, 51)
+    means = [episodes[(episodes[:, 0] > a) & (episodes[:, 0] <= b), 1] for a, b in pairwise(edges)]
+    curve = (np.array([own.mean() for own in means if len(own)]) - 22.6) / (475 - 22.6)
+    assert float(written["mean"]) == pytest.approx(curve.mean(), rel=1e-4)
+
+
+def test_curves_of_the_control_tasks_are_of_the_algorithms_asked_for():
+    assert {name for own in control.curves(("ppo",)).values() for name in own} == {"ppo"}
