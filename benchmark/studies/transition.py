@@ -16,7 +16,16 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-from benchmark.common import RESULTS, circumstances, markdown, mean_interval, read_events, read_table, settings_text
+from benchmark.common import (
+    RESULTS,
+    circumstances,
+    markdown,
+    mean_interval,
+    read_episodes,
+    read_events,
+    read_table,
+    settings_text,
+)
 from benchmark.report.pictures import save_figure
 from benchmark.report.scores import cell, difference, varies
 from benchmark.suites import SUITES, TRANSITION_ARMS
@@ -60,13 +69,14 @@ def rows_of(suite: str, run_dir: Path) -> list[dict]:
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     events, args = read_events(run_dir), config["args"]
     last_step = int(events["charts/SPS"][0][-1])
-    episodes = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
+    returns = read_episodes(run_dir)[-100:, 1]
     key = {"suite": suite, "arm": run_dir.parts[-3], "task": args["env_id"], "seed": args["seed"], "steps": last_step}
     columns = {name: tenths(*events[metric], last_step) for name, metric in LOSSES.items()}
     columns["ratio"] = tenths(*events["world_model/transition_loss_ratio"], last_step)
     for name in ("transition_sampled", "transition_mean", "transition_copy"):
         columns[name] = columns[name] / LATENT_SIZE[args["env_id"]]
-    about = {"last_100": f"{episodes[-100:, 1].mean():.3f}"} | circumstances(config) | {"settings": settings_text(args)}
+    last = {"last_100": f"{returns.mean():.3f}" if len(returns) else "nan"}  # early on no game has ended
+    about = last | circumstances(config) | {"settings": settings_text(args)}
     return [
         key | {"tenth": i + 1} | {name: f"{column[i]:.6g}" for name, column in columns.items()} | about
         for i in range(TENTHS)
@@ -136,7 +146,7 @@ def transition_table() -> str:
                         against += f", p {stats.ttest_ind(score, base, equal_var=False).pvalue:.3f}"
                 ratio = geometric(at_the_end(seeds, "ratio"))
                 name = [task.env_id, length, ARM_NAMES[arm], str(len(seeds))]
-                table.append([*name, *losses, ratio, f"{score.mean():.1f}", against])
+                table.append([*name, *losses, ratio, "" if np.isnan(score).any() else f"{score.mean():.1f}", against])
     header = ["task", "steps", "arm", "seeds", "sampled", "mean", "copying", "mean : copying", "return", "− published"]
     return markdown(header, table)
 
