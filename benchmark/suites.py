@@ -75,6 +75,7 @@ CONTINUOUS = {
     "ppo": Algorithm("deep_spi_ppo_continuous.py", PPO_FLAGS),
     "additive": Algorithm("deep_spi_ppo_continuous.py", {"loss_placement": "additive"}),
     "deep_spi": Algorithm("deep_spi_ppo_continuous.py"),
+    "sb3": Algorithm("benchmark/peers/sb3_ppo_continuous.py"),
 }
 
 # How far the actor may move in one update of DreamSPI (0.01 is 1/γ - 1, the planning theorem's), and how far it plans.

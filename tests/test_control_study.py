@@ -35,3 +35,16 @@ def test_a_row_is_the_run_of_that_seed(curves):
         assert steps[-1] == last and returns[run.seed - 1, -1] == pytest.approx(np.mean(games))
         checked += 1
     assert checked == 30
+
+
+def test_the_table_of_gated_has_welchs_intervals():
+    def scores(**algorithms):
+        return {"CartPole-v1": {name: {control.LAST: np.array(values)} for name, values in algorithms.items()}}
+
+    table = control.gated_table(
+        scores(deep_spi=[500.0, 498, 499], additive=[490.0, 490, 490]), scores(gated=[495.0, 496, 497])
+    )
+    (line,) = table.splitlines()[2:]
+    # both vary by 1: the difference's standard error is √(2/3), with four degrees of freedom: half width 2.776 · 0.816
+    assert "| 496.0 [493.5, 498.5] | -3.0 [-5.3, -0.7], p 0.021 |" in line
+    assert "| +6.0 [+3.5, +8.5], p 0.009 |" in line  # additive is constant: Student's, two degrees of freedom

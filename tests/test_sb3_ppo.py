@@ -12,7 +12,7 @@ pytest.importorskip("stable_baselines3", reason="stable_baselines3 is not instal
 
 import evaluate
 from benchmark.common import read_events
-from benchmark.peers import sb3_ppo
+from benchmark.peers import sb3_ppo, sb3_ppo_continuous
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +60,25 @@ def test_what_sb3_has_no_equal_of_is_refused(settings, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     (name,) = settings
     assert line.startswith(f"error: --{name.replace('_', '-')}: ")
+
+
+def test_the_continuous_peer_trains_and_sees_true_returns(tmp_path):
+    run_dir = tmp_path / "run"
+    args = sb3_ppo_continuous.Args(
+        env_id="Pendulum-v1", num_envs=4, num_steps=256, total_timesteps=2048, device="cpu", run_dir=str(run_dir)
+    )
+    sb3_ppo_continuous.train(args)
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["script"] == "sb3_ppo_continuous.py" and config["versions"]["stable_baselines3"]
+    assert read_events(run_dir)["charts/SPS"][0][-1] == 2048 and (run_dir / "agent.pt").is_file()
+    episodes = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1)
+    assert len(episodes) == 8 and (episodes[:, 2] == 200).all() and (episodes[:, 1] < -500).all()  # not normalised
+
+
+@pytest.mark.parametrize("settings", [{"reward_loss_coef": 0.01}, {"transition_loss_coef": 1.0}, {"track": True}])
+def test_the_continuous_peer_refuses_what_sb3_lacks(settings, capsys):
+    with pytest.raises(SystemExit) as refused:
+        sb3_ppo_continuous.Args(**settings)
+    assert refused.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "SB3" in line

@@ -3,7 +3,7 @@
 Each script trains on each game for three small iterations, and the policy plays one new game, cut after 500 steps. It
 need not learn. A pair of script and game is whole if the run ended with its files, its last step logged and finite
 weights, and if evaluate.py played with them. Writes results/every_game.csv, a row a pair, with what went wrong, if
-anything did; finished pairs of the same script's text are skipped. Exit code 1 if a pair is not whole.
+anything did; pairs that are whole with the script's text of today are skipped. Exit code 1 if a pair is not whole.
 """
 
 import contextlib
@@ -79,7 +79,8 @@ def key(row: dict) -> tuple[str, str]:
 def make(script: str) -> None:
     """The pairs of one script that are missing, each written as it is finished."""
     kept = {key(row): row for row in read_table(FILE)}
-    games = [g for g in ATARI57_GAMES if kept.get((script, g), {}).get("text") != text_of(script)]
+    whole = {k for k, row in kept.items() if row["text"] == text_of(row["script"]) and not row["problem"]}
+    games = [game for game in ATARI57_GAMES if (script, game) not in whole]
     for row in tqdm(rows_of(script, games), script, total=len(games)):
         kept[key(row)] = row
         with open(FILE, "w", encoding="utf-8", newline="") as file:

@@ -154,6 +154,8 @@ def planning_table() -> str:
     found, table = runs("planning"), []
     for clip in CLIPS:
         for horizon in HORIZONS:
+            if not all(found[task, f"clip{clip:g}-h{horizon}"] for task in TASKS):
+                continue
             solved = []
             for task in TASKS:
                 own = cell_of(found, clip, horizon, "last_100", task)
