@@ -80,7 +80,7 @@ def remarks_of(suite):
     """The bullets of the report's first section."""
     results = runs.read_results(suite)
     tasks = {"Aggregates": results.scored_tasks, "Improvement": results.tasks}
-    rectangles = [aggregation.choose_rectangle(results.runs, own, name) for name, own in tasks.items()]
+    rectangles = [aggregation.choose_rectangle(results, own, name) for name, own in tasks.items()]
     return report.unevenness(results, rectangles)[1].items
 
 
@@ -385,11 +385,11 @@ def test_training_time_worked_out_by_hand(tmp_path):
         run_dir = write_run(tmp_path, "ppo", "Pong", seed, range(128))
         (run_dir / "done.json").write_text(json.dumps({"steps": STEPS, "minutes": minutes, "sps": 1.0}))
     report.write_report(tmp_path, tmp_path / "report", resamples=50)
-    over_steps, over_time = (read_csv(tmp_path / "report" / f"learning_curves{name}.csv") for name in ("", "_hours"))
+    over_steps, over_time = (read_csv(tmp_path / "report" / f"learning_curves{name}.csv") for name in ("", "_time"))
     assert [row["point"] for row in over_steps] == [row["point"] for row in over_time]
-    hours = [float(row["hours"]) for row in over_time]
-    assert hours == pytest.approx([0.2 * float(row["step"]) / STEPS for row in over_steps])
-    assert hours[-1] == pytest.approx(0.2)
+    minutes = [float(row["minutes"]) for row in over_time]
+    assert minutes == pytest.approx([12 * float(row["step"]) / STEPS for row in over_steps])
+    assert minutes[-1] == pytest.approx(12)
 
 
 def test_curves_of_other_numbers_of_environments_are_not_drawn(suite):
@@ -399,9 +399,29 @@ def test_curves_of_other_numbers_of_environments_are_not_drawn(suite):
     report.write_report(suite, suite / "report", resamples=50)
     text = (suite / "report" / "report.md").read_text()
     assert text.count("Not drawn: among more environments") == 3  # the aggregate's curve, and a game's, twice
-    assert "Environments: ppo: 2, ours: 128." in text
+    assert "They have: ppo: 2, ours: 128." in text
     assert not (suite / "report" / "sample_efficiency.png").exists()
     assert not (suite / "report" / "learning_curves.png").exists()
+
+
+def test_curves_of_those_that_have_as_many_environments_are_drawn(suite):
+    for task in ("Breakout", "Pong"):
+        for seed in (1, 2):
+            write_run(suite, "wide", task, seed, [seed] * 100, args={"num_envs": 128})
+    report.write_report(suite, suite / "report", resamples=50)
+    text = (suite / "report" / "report.md").read_text()
+    assert "Pong, wide. Not drawn: among more environments" in text
+    assert (suite / "report" / "learning_curves.png").exists()
+
+
+def test_differences_are_welchs(suite):
+    report.write_report(suite, suite / "report", resamples=50)
+    breakout, pong = read_csv(suite / "report" / "differences.csv")
+    # Breakout: ours 59.3, 30.5, PPO 1.7, 30.5: 28.8 more, each side's standard error 14.4, two degrees of freedom
+    assert (breakout["algorithm"], breakout["baseline"], breakout["seeds"]) == ("ours", "ppo", "2, 2")
+    assert float(breakout["difference"]) == pytest.approx(28.8)
+    assert float(breakout["high"]) == pytest.approx(28.8 + 4.302653 * 14.4 * 2**0.5, rel=1e-4)
+    assert pong["task"] == "Pong" and (suite / "report" / "differences.tex").exists()
 
 
 def test_a_method_looks_the_same_in_every_figure_of_a_report(suite, monkeypatch):
@@ -463,7 +483,7 @@ def test_report_and_differences_are_written_in_any_locale(suite):
 
 
 def test_a_table_for_latex():
-    rows = [["CartPole_v1", "deep_spi", "-1.5 [-2, 3]", "1,000"], ["[x]", "mine & α", "", "7"]]
+    rows = [["CartPole_v1", "deep_spi", "-1.5 [-2, 3]", "1,000"], ["[x]", "mine & α", "", "7"], ["[x]", "ppo", "1", ""]]
     assert document.table_as_latex(
         document.Table(["task", "algorithm", "score [95 %]", "steps"], rows)
     ).splitlines() == [
@@ -474,7 +494,8 @@ def test_a_table_for_latex():
         r"task & algorithm & score [95 \%] & steps \\",
         r"\midrule",
         r"CartPole\_v1 & Deep SPI & $-$1.5 [$-$2, 3] & 1,000 \\",
-        r"{}[x] & mine \& $\alpha$ &  & 7 \\",
+        r"\addlinespace {}[x] & mine \& $\alpha$ &  & 7 \\",  # each task is named once, and set apart
+        r" & PPO & 1 &  \\",
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{adjustbox}%",
@@ -495,7 +516,7 @@ def test_latex_sets_the_tables(written, tmp_path):
     signs = "".join(chr(i) for i in range(32, 0x250)) + document.GREEK + "−√中"
     (tmp_path / "signs.tex").write_text(document.table_as_latex(document.Table(["sign"], [[sign] for sign in signs])))
     names = [*sorted(written.glob("*.tex")), tmp_path / "signs.tex"]
-    assert len(names) == 5
+    assert len(names) == 6
     wide = document.Table([f"column {i}" for i in range(20)], [[f"{i}.5 [1, 2]" for i in range(20)]] * 120)
     (tmp_path / "wide.tex").write_text(document.table_as_latex(wide))
     names.append(tmp_path / "wide.tex")
@@ -640,11 +661,11 @@ UNEVEN = {
     ),
     "few episodes": (
         lambda suite: (suite / "ppo/Pong/2/episodes.csv").write_text("global_step,return,length\n7,1,7\n"),
-        "Fewer than 100 episodes (at least 1), scored by those there are: ppo (seed 2 of Pong).",
+        "Fewer than 100 episodes (at least 1), so that best and last ones are of fewer: ppo (seed 2 of Pong).",
     ),
     "no episode": (
         lambda suite: (suite / "ppo/Pong/2/episodes.csv").write_text("global_step,return,length\n"),
-        "No episode ended, so there is no score: ppo (seed 2 of Pong).",
+        "No episode ended in training, so there is no score: ppo (seed 2 of Pong).",
     ),
     "precision": (
         lambda suite: rewrite(suite / "ppo/Pong/2", precision="bf16"),
@@ -758,8 +779,40 @@ def test_what_is_meant_to_differ_and_packages_of_one_script_are_no_unevenness(su
     mean_it(suite, {"sticky": "0.250", "precision": "bf16"})
     for seed in "12":
         rewrite(suite / "ppo/Pong" / seed, args={"sticky": 0.25}, precision="bf16")
-        rewrite(suite / "ours/Pong" / seed, versions=CONFIG["versions"] | {"stable_baselines3": "2.9"})
+        for task in ("Pong", "Breakout"):
+            versions = CONFIG["versions"] | {"stable_baselines3": "2.9"}
+            rewrite(suite / "ours" / task / seed, script="peer.py", versions=versions)
     assert len(remarks_of(suite)) == 1 and remarks_of(suite)[0].startswith("Nothing: ")
+
+
+def test_seeds_that_were_planned_unlike_are_said(suite):
+    for seed, clip in (("1", 0.2), ("2", 0.3)):
+        plan = json.loads((suite / "plan.json").read_text())
+        ours = [run for run in plan if (run["algorithm"], run["label"], str(run["seed"])) == ("ppo", "Pong", seed)]
+        ours[0]["flags"] = {"clip_coef": clip}
+        (suite / "plan.json").write_text(json.dumps(plan))
+        rewrite(suite / "ppo/Pong" / seed, args={"clip_coef": clip})
+    assert any(text.startswith("ppo: Mixed clip_coef") for text in remarks_of(suite))
+
+
+def test_a_version_that_one_seed_lacks_is_said(suite):
+    rewrite(suite / "ppo/Pong/2", versions={"python": "3.11"})
+    assert any(text.startswith("Mixed version of torch: ") for text in remarks_of(suite))
+
+
+def test_a_run_without_episodes_but_with_an_evaluation_has_a_score(suite):
+    for folder in suite.glob("*/*/[12]"):
+        (folder / "evaluation.csv").write_text("policy,return,length,ended\nsampled,5,7,1\n")
+    (suite / "ppo/Pong/2/episodes.csv").write_text("global_step,return,length\n")
+    report.write_report(suite, suite / "report", resamples=50)
+    row = next(r for r in read_csv(suite / "report/tasks.csv") if (r["task"], r["algorithm"]) == ("Pong", "ppo"))
+    assert (row["seeds"], float(row["score"])) == ("2", 5.0)
+    assert "No episode ended in training: ppo (seed 2 of Pong)." in remarks_of(suite)
+
+
+def test_a_table_without_rows_is_set():
+    table = document.table_as_latex(document.Table(["a", "b---c"], []))
+    assert r"\begin{tabular}{ll}" in table and "b-{}-{}-c" in table
 
 
 def test_one_task_has_no_aggregate(tmp_path):
@@ -782,9 +835,9 @@ def test_a_mean_over_unequal_lengths_is_marked_where_it_stands(suite):
 def test_a_game_that_one_algorithm_lacks_is_in_no_aggregate(suite):
     write_run(suite, "ppo", "Boxing", 1, [1] * 100)
     results = runs.read_results(suite)
-    rectangle = aggregation.choose_rectangle(results.runs, results.tasks, "Aggregates")
+    rectangle = aggregation.choose_rectangle(results, results.tasks, "Aggregates")
     assert set(rectangle.tasks) == {"Breakout", "Pong"} and rectangle.seeds == {"ppo": [1, 2], "ours": [1, 2]}
-    assert rectangle.remarks == ["Aggregates: Boxing is left out, as ours has no run of it with an episode."]
+    assert rectangle.remarks == ["Aggregates: Boxing is left out, as ours has no score there."]
 
 
 def test_tasks_without_a_scale_get_no_aggregate_but_ranks_and_curves(tmp_path):
@@ -832,7 +885,7 @@ def test_runs_without_any_episode_are_reported_on(tmp_path):
     write_run(tmp_path, "ppo", "Pong", 1, [])
     report.write_report(tmp_path, tmp_path / "report", resamples=50)
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "No episode ended, so there is no score: ppo (seed 1 of Pong)." in text
+    assert "No episode ended in training, so there is no score: ppo (seed 1 of Pong)." in text
 
 
 def test_no_curve_where_the_shortest_run_ends_before_another_has_an_episode(suite):

@@ -231,7 +231,7 @@ def test_estimate_is_for_the_cores_that_the_runs_can_use(
     assert launcher.main([*words, *flags]) == 0
     sps, _ = MEASURED_SPS["deep_spi_ppo.py"]
     seconds = round(3 * 40_960 / sps / side_by_side)  # of deep_spi's: those of ppo and additive are not measured
-    expected = f"estimate: 0:00:{seconds:02} (h:mm:ss), {side_by_side} at a time on {cores} cores each"
+    expected = f"the others take 0:00:{seconds:02} (h:mm:ss), {side_by_side} at a time on {cores} cores each"
     assert expected in capsys.readouterr().out
 
 

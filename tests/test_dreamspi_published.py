@@ -34,9 +34,35 @@ def test_without_a_flag_it_is_the_script(of_the_script, tmp_path):
     assert own == set(PUBLISHED_WAYS)
 
 
-@pytest.mark.parametrize("flag", ["stale_gradients", "learned_dummies"])
-def test_the_flags_change_what_is_learned(of_the_script, tmp_path, flag):
-    assert not same(of_the_script, weights(peer, peer.Args(**SMALL, **{flag: True}), tmp_path / "run"))
+@pytest.mark.parametrize("flag", PUBLISHED_WAYS)
+def test_each_flag_changes_what_is_learned(of_the_script, tmp_path, flag, monkeypatch):
+    script, settings = of_the_script, SMALL
+    if flag == "final_limits":  # whose first limits come after 500 steps of Acrobot-v1
+        settings = SMALL | {"env_id": "Acrobot-v1", "num_steps": 512, "total_timesteps": 4096, "update_epochs": 1}
+        script = weights(dream_spi, dream_spi.Args(**settings), tmp_path / "script")
+    assert not same(script, weights(peer, peer.Args(**settings, **{flag: True}), tmp_path / "run"))
+
+
+@pytest.mark.parametrize("flag, functions", [("stale_gradients", ["StaleLoss"]), ("learned_dummies", ["ones_like"])])
+def test_both_updates_are_published_ones(tmp_path, flag, functions, monkeypatch):
+    """Real data and imagination: a stale copy for each update of each of two iterations; masks of ones in both."""
+    copies, masks = [], {"model_loss": [], "imagine": []}
+    monkeypatch.setattr(
+        peer.copy, "deepcopy", lambda agent, deepcopy=copy.deepcopy: copies.append(1) or deepcopy(agent)
+    )
+    monkeypatch.setattr(
+        peer,
+        "MODEL_LOSS",
+        lambda of, batch, *o, f=peer.MODEL_LOSS: masks["model_loss"].append(batch.mask) or f(of, batch, *o),
+    )
+    monkeypatch.setattr(
+        peer, "IMAGINE", lambda of, z, mask, *o, f=peer.IMAGINE: masks["imagine"].append(mask) or f(of, z, mask, *o)
+    )
+    settings = SMALL | {"num_steps": 32, "total_timesteps": 2 * 8 * 32}
+    peer.train(peer.Args(**settings, **{flag: True}, run_dir=str(tmp_path / "run")))
+    assert len(copies) == (4 if flag == "stale_gradients" else 0)
+    for seen in masks.values():
+        assert seen and all(bool(mask.all()) for mask in seen) == (flag == "learned_dummies")
 
 
 def test_a_quarter_of_the_dones_is_lost():

@@ -1,6 +1,7 @@
 """The study of DreamSPI on vectors: its rows, what decides, its tables and pictures."""
 
 import csv
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from benchmark.suites import CLIPS, HORIZONS, PLANNING, SUITES
 def row(task, clip, horizon, seed, **values):
     """A row of suite `planning`; what is not given is 1."""
     key = {"suite": "planning", "arm": f"clip{clip:g}-h{horizon}", "task": task, "seed": seed, "steps": 1000}
-    numbers = dict.fromkeys(("last_100", "mean", "fall", *planning.MEASURES), 1.0)
+    numbers = dict.fromkeys(("last_100", "mean", "fall", "relative_error", *planning.MEASURES), 1.0)
     return key | numbers | values
 
 
@@ -59,15 +60,22 @@ def test_the_outcome_pairs_seeds_and_averages_over_tasks(own_file):
         ]
     )
     # differences -0.1, -0.3, -0.2: mean -0.2, half width t(2) 0.1 / √3 = 0.248
-    assert planning.outcome() == "-0.20 [-0.45, +0.05]"
+    assert planning.outcome() == "-0.20 [-0.45, +0.05], 3 seeds"
+
+
+def test_the_outcome_is_of_the_seeds_that_have_both(own_file):
+    def falls(clip, seeds):
+        return [row(task, clip, 8, seed, fall=float(seed)) for task in planning.TASKS for seed in seeds]
+
+    write(falls(0.01, (1, 2, 3, 4)) + falls(0.1, (3, 4, 5)))
+    assert planning.outcome() == "+0.00, 2 seeds"  # 3 and 4, which differ by nothing
 
 
 def test_the_table_has_every_cell(own_file):
     write(
         [
             row(
-                task, clip, horizon, seed, mean=horizon / 10, last_100=500 if seed < 3 else -500, return_error=2.0,
-                real_return=-4.0,
+                task, clip, horizon, seed, mean=horizon / 10, last_100=500 if seed < 3 else -500, relative_error=0.5
             )
             for task in planning.TASKS
             for clip in CLIPS
@@ -92,11 +100,19 @@ def test_a_run_gives_a_row_and_replaces_its_older_one(own_file):
     )  # fmt: skip
     dream_spi.train(args)
     (run_dir / "done.json").write_text("{}")
+    sticky = own_file / "runs" / "control" / "dream_spi" / "CartPole-v1-sticky0.25" / "7"
+    shutil.copytree(run_dir, sticky)
+    assert planning.collect(own_file / "runs") == 2  # of two tasks, as their folders say
+    assert [found["task"] for found in planning.read_table(planning.FILE)] == ["CartPole-v1-sticky0.25", "CartPole-v1"]
+    shutil.rmtree(sticky)
+    planning.FILE.unlink()
     for _ in range(2):
         assert planning.collect(own_file / "runs") == 1
         (written,) = planning.read_table(planning.FILE)
     assert (written["seed"], written["clip"], written["horizon"], written["steps"]) == ("7", "0.3", "4", "1280")
     logged = planning.read_events(run_dir)["imagination/return_error"][1]
+    size = abs(np.median(planning.read_events(run_dir)["imagination/real_return"][1]))
+    assert float(written["relative_error"]) == pytest.approx(np.median(logged) / size, rel=1e-4)
     assert len(logged) == 10 and float(written["return_error"]) == pytest.approx(np.median(logged), rel=1e-4)
     episodes = planning.read_episodes(run_dir)
     assert float(written["last_100"]) == pytest.approx(episodes[-100:, 1].mean(), rel=1e-4)

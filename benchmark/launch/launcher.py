@@ -141,10 +141,13 @@ def print_plan(
         most = min(args.workers, max(1, os.cpu_count() // args.cpus_per_task))
     side_by_side = max(1, min(most, len(known)))
     print(f"{len(plan)} runs, {len(plan) - len(left)} finished, {len(left)} to run")
+    of_these = (
+        f"unknown for {unknown} of {len(left)} runs, whose speed was not measured; the others take " if unknown else ""
+    )
     print(
-        f"estimate: {timedelta(seconds=round(sum(known) / side_by_side))} (h:mm:ss), {side_by_side} at a time on "
-        f"{args.cpus_per_task} cores each, as fast as in docs/speed.md, with bf16 units"
-        + (f"; not in it: {unknown} runs of scripts or with settings whose speed was not measured" if unknown else "")
+        f"estimate: {of_these}{timedelta(seconds=round(sum(known) / side_by_side))} (h:mm:ss), {side_by_side} at a "
+        f"time on {args.cpus_per_task} cores each, as fast as in docs/speed.md, with bf16 units; start-up and "
+        "evaluation are not in it"
     )
 
 

@@ -148,7 +148,8 @@ def parse_flags(script: str, words: tuple[str, ...]) -> dict[str, object]:
     except SystemExit:
         own = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
         why = own[-1].removeprefix("error: ") if own else f"not a setting of {script}: see python {script} --help"
-        check(False, "algorithms", " ".join(words), why)
+        of_task = why.startswith(("--env-id", "--total-timesteps"))
+        check(False, "tasks" if of_task else "algorithms", " ".join(words), why)
 
 
 def settings_of(run: PlannedRun) -> dict[str, object]:

@@ -23,10 +23,8 @@ from dream_spi import Agent, Games  # noqa: F401 - what evaluate.py looks for in
 
 @dataclass
 class Args(script.Args):
-    stale_gradients: bool = False  # all gradients at the weights that the update's second part had when it began
-    learned_dummies: bool = (
-        False  # dummy rows count in every loss, with z' <- z, not terminal; imagination starts there
-    )
+    stale_gradients: bool = False  # at the old weights of an update's second part
+    learned_dummies: bool = False  # dummy rows count: z' <- z, not terminal; so do dreams from them
     lost_dones: bool = False  # a quarter of the sampled dones is lost in a cast to integers
     final_limits: bool = False  # a time limit is an end like any other
 

@@ -14,7 +14,7 @@ from rliable import library, metrics
 from scipy import stats
 
 from benchmark.common import mean_interval
-from benchmark.report.runs import FinishedRun, name_runs
+from benchmark.report.runs import FinishedRun, Results, name_runs
 
 METRICS = ("IQM", "median", "mean", "optimality gap")
 
@@ -27,18 +27,18 @@ class Rectangle(NamedTuple):
     remarks: list[str]  # what was left out for it
 
 
-def choose_rectangle(runs: list[FinishedRun], tasks: list[str], purpose: str) -> Rectangle:
-    """Of `tasks`, those on which every algorithm has a run, and per algorithm the seeds that have all of them."""
+def choose_rectangle(results: Results, tasks: list[str], purpose: str) -> Rectangle:
+    """Of `tasks`, those on which every algorithm has a score, and per algorithm the seeds that have all of them."""
     has = defaultdict(set)
-    for run in runs:
-        if run.episodes:
+    for run in results.runs:
+        if not np.isnan(results.score(run)):
             has[run.algorithm, run.task].add(run.seed)
-    algorithms = list(dict.fromkeys(run.algorithm for run in runs))
+    algorithms = results.algorithms
     kept, seeds, remarks = [], {}, []
     for task in tasks:
         without = [algorithm for algorithm in algorithms if not has[algorithm, task]]
         if without:
-            remarks.append(f"{purpose}: {task} is left out, as {', '.join(without)} has no run of it with an episode.")
+            remarks.append(f"{purpose}: {task} is left out, as {', '.join(without)} has no score there.")
         else:
             kept.append(task)
     for algorithm in algorithms if kept else []:

@@ -33,6 +33,7 @@ class Table(NamedTuple):
     header: list[str]
     rows: list[list[str]]
     name: str = ""  # of its file for LaTeX, without .tex
+    printed: tuple[int, ...] = ()  # the columns that print has; none named: all
 
 
 class Picture(NamedTuple):
@@ -57,7 +58,7 @@ def block_as_markdown(block: Block) -> str:
             return text
         case Bullets(items):
             return "\n".join(f"- {item}" for item in items)
-        case Table(header, rows, _):
+        case Table(header, rows):
             return markdown(header, [[cell.replace("|", "\\|") for cell in row] for row in rows])
         case Picture(path, caption):
             return f"![{caption}]({path.name})\n\n{caption}"
@@ -77,7 +78,7 @@ def block_as_html(block: Block) -> str:
             return f"<p>{text_as_html(text)}</p>"
         case Bullets(items):
             return "<ul>\n" + "\n".join(f"<li>{text_as_html(item)}</li>" for item in items) + "\n</ul>"
-        case Table(header, rows, _):
+        case Table(header, rows):
             head = "".join(f"<th>{text_as_html(cell)}</th>" for cell in header)
             lines = ["".join(f"<td>{text_as_html(cell)}</td>" for cell in row) for row in rows]
             return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in [head, *lines]), "</table>"])
@@ -115,23 +116,29 @@ def sign_as_latex(sign: str) -> str:
 def text_as_latex(text: str) -> str:
     """Escaped; the minus of a number is set as one. A row that begins with [ or * would be an option of the last."""
     text = re.sub(r"(?<![\w.+-])-(?=\d)", "−", text)
-    escaped = "".join(map(sign_as_latex, text)).replace("--", "-{}-")  # no dash
+    escaped = re.sub("(?<=-)(?=-)", "{}", "".join(map(sign_as_latex, text)))  # no dash
     return "{}" * escaped.startswith(("[", "*")) + escaped
 
 
 def table_as_latex(table: Table) -> str:
     """A tabular with booktabs' rules; numbers are set to the right, and long texts into lines.
 
-    It shrinks to the line's width if it is wider, and goes on in a second tabular if it is longer than a page.
+    It shrinks to the line's width if it is wider, and goes on in a second tabular if it is longer than a page. A first
+    column of tasks names each once, and sets them apart.
     """
-    columns = list(zip(*table.rows, strict=True))
+    kept = table.printed or range(len(table.header))
+    header, *rows = ([row[i] for i in kept] for row in [table.header, *table.rows])
+    columns = list(zip(*rows, strict=True)) or [()] * len(header)
     numbers = [all(re.match(r"[-+]?[\d.,]+( |$)|$", cell) for cell in column) and any(column) for column in columns]
     kinds = [
-        "r" if n else "p{4cm}" if len(max(c, key=len)) > 40 else "l" for n, c in zip(numbers, columns, strict=True)
+        "r" if n else "p{4cm}" if len(max(c, key=len, default="")) > 40 else "l"
+        for n, c in zip(numbers, columns, strict=True)
     ]
-    head, *lines = [
-        " & ".join(text_as_latex(called(cell)) for cell in row) + r" \\" for row in [table.header, *table.rows]
-    ]
+    head, *lines = [" & ".join(text_as_latex(called(cell)) for cell in row) + r" \\" for row in [header, *rows]]
+    if header[0] == "task":
+        for i in range(len(rows) - 1, 0, -1):
+            again = rows[i][0] == rows[i - 1][0] and i % LATEX_ROWS
+            lines[i] = lines[i][lines[i].index(" & ") :] if again else r"\addlinespace " + lines[i]
     begin = [r"\noindent\begin{adjustbox}{max width=\linewidth}", rf"\begin{{tabular}}{{{''.join(kinds)}}}"]
     end = [r"\end{tabular}", r"\end{adjustbox}%"]  # no space after it, which would be too much
     pages = [lines[i : i + LATEX_ROWS] for i in range(0, len(lines), LATEX_ROWS)] or [[]]

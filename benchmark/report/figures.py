@@ -52,6 +52,7 @@ TABLES = {
     "gated": lambda: control.gated_table(read_scores(control.FOLDER), read_scores(control.GATED)),
     "planning_control": planning.control_table,
     "planning": planning.planning_table,
+    "planning_outcome": planning.outcome,
     "planning_published": planning.published_table,
     "planning_atari": planning.atari_table,
     "atari_200k": atari_200k.table,

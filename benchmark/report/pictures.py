@@ -40,6 +40,10 @@ COLOURS = {
     "deep_spi-chunk-1": "#000000",
     "gated": "#7F3C8D",
     "dream_spi": "#882255",
+    "spr": "#332288",
+    "dbc": "#117733",
+    "spr-utility": "#88CCEE",
+    "dbc-utility": "#DDCC77",
 }
 OTHER_COLOURS = ("#A0522D", "#A5AA99", "#80BA5A", "#8B4513", "#4B4B8F", "#C0A000", "#E68310", "#3969AC")
 LINES = {"additive": "-.", "deep_spi": "--", "sb3": ":", "ppo-fp32": "--", "deep_spi-chunk-1": ":", "dream_spi": ":"}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.common import circumstances, settings_text
-from benchmark.report import aggregation
+from benchmark.report import aggregation, scores
 from benchmark.report.aggregation import METRICS, Rectangle, as_record, curve_records, number, with_interval
 from benchmark.report.document import Block, Bullets, Heading, Picture, Table, Text, write_csv, write_documents
 from benchmark.report.pictures import called, colours, draw_bars, draw_curves
@@ -27,11 +27,11 @@ PROFILE_POINTS = 81
 CURVES = "Learning curves"
 NO_CURVE = (
     "Not drawn: among more environments the games that have ended by a step are the shorter ones, and began with older "
-    "policies, so that such curves compare with nobody's. Environments: "
+    "policies. Curves of training games compare only where all have as many environments. They have: "
 )
 CURVE_OF = {
     True: "the policies that were kept on the way, in games played after training, with straight lines between them",
-    False: f"the last {WINDOW} games in training that had ended",
+    False: f"the last {WINDOW} games in training that had ended (at first the short ones: a curve's start says little)",
 }
 SCORES = {
     True: "A run's score is the mean return of its final policy in the games that it played after training, actions "
@@ -215,7 +215,8 @@ def task_table(results: Results, out: Path) -> list[Block]:
     records, rows, scale = [], [], results.scale_name
     games = [run.game for run in results.runs if run.game in read_known_scores()]
     for task, algorithm in product(results.tasks, results.algorithms):
-        runs = [run for run in results.runs if (run.algorithm, run.task) == (algorithm, task) and run.episodes]
+        runs = [run for run in results.runs if (run.algorithm, run.task) == (algorithm, task)]
+        runs = [run for run in runs if not np.isnan(results.score(run))]
         if not runs:
             continue
         score = aggregation.mean_over_seeds(np.array([[results.score(run)] for run in runs]))
@@ -224,7 +225,7 @@ def task_table(results: Results, out: Path) -> list[Block]:
         span = f"{max(steps):,}" if len(set(steps)) == 1 else f"UNEQUAL: {min(steps):,} to {max(steps):,}"
         key = {"task": task, "algorithm": algorithm, "seeds": len(runs), "shortest": min(steps), "longest": max(steps)}
         best = {"last_100": last, "best_window": window, "best_episode": episode}
-        cells, known = [with_interval(score, 0), number(window), number(episode)], {}
+        cells, known = [with_interval(score, 0), *("" if np.isnan(x) else number(x) for x in (window, episode))], {}
         if results.scored_tasks:
             known[scale.replace("-", "_")] = runs[0].normalised(score.point[0]) if runs[0].scale else np.nan
             cells.append(number(known[scale.replace("-", "_")]) if runs[0].scale else "")
@@ -247,40 +248,75 @@ def task_table(results: Results, out: Path) -> list[Block]:
             "best value seen in training: compare it with the best window. It started from returns of 0, so games of "
             "negative returns read 0.0 there, which is no score. Sources: `benchmark/report/atari57_scores.csv`."
         )
-    return [Heading("Every task"), *([Text(" ".join(texts))] if texts else []), Table(header, rows, "tasks")]
+    printed = (0, 1, 2, 4, *((7,) if results.scored_tasks else ()))
+    return [Heading("Every task"), *([Text(" ".join(texts))] if texts else []), Table(header, rows, "tasks", printed)]
+
+
+def differences(results: Results, baseline: str, out: Path) -> list[Block]:
+    """Per task, how far each algorithm's mean is from the baseline's, with Welch's interval and test."""
+    records, rows = [], []
+    for task, algorithm in product(results.tasks, results.algorithms):
+        own, theirs = (
+            np.array([results.score(run) for run in results.runs if (run.algorithm, run.task) == (name, task)])
+            for name in (algorithm, baseline)
+        )
+        own, theirs = own[~np.isnan(own)], theirs[~np.isnan(theirs)]
+        if algorithm == baseline or not len(own) or not len(theirs):
+            continue
+        mean, low, high = scores.difference(own, theirs)
+        p = scores.welch(own, theirs).pvalue if low < high else np.nan
+        visible = scores.visible_effect(own, theirs)
+        key = {"task": task, "algorithm": algorithm, "baseline": baseline, "seeds": f"{len(own)}, {len(theirs)}"}
+        records.append(key | {"difference": mean, "low": low, "high": high, "p": p, "could_have_seen": visible})
+        cells = [scores.cell(mean, low, high, "+z,.4g"), *("" if np.isnan(x) else f"{x:.3g}" for x in (p, visible))]
+        rows.append([task, algorithm, key["seeds"], *cells])
+    if not rows:
+        return []
+    write_csv(out / "differences.csv", records)
+    meaning = (
+        "Difference of the means of the scores, with Welch's 95 % interval and test, not corrected for their number. "
+        "Could have seen: the difference that such runs would find in four of five repetitions, if their spread were "
+        "the true one."
+    )
+    header = ["task", "algorithm", "seeds", f"less {called(baseline)} [95 %]", "p", "could have seen"]
+    return [Heading(f"Differences from {called(baseline)}"), Text(meaning), Table(header, rows, "differences")]
 
 
 def learning_curves(results: Results, out: Path) -> list[Block]:
     """Mean return of every task, over steps and over the time that they took, as CSV and as pictures."""
     of_policies, panels, times = results.by_policies, {}, {}  # task → its curves
     for task, algorithm in product(results.tasks, results.algorithms):
-        own = [run for run in results.runs if (run.algorithm, run.task) == (algorithm, task) and run.episodes]
+        own = [run for run in results.runs if (run.algorithm, run.task) == (algorithm, task)]
+        own = [run for run in own if of_policies or run.episodes]
         if own:
             shortest = min(run.done["steps"] for run in results.runs if run.task == task)
             steps = curve_points(shortest, of_policies)
             estimated = aggregation.mean_over_seeds(np.array([run.curve(steps, of_policies) for run in own]))
             panels.setdefault(task, {})[algorithm] = steps, estimated
-            hours = steps / 60 * np.median([run.done["minutes"] / run.done["steps"] for run in own])
-            times.setdefault(task, {})[algorithm] = hours, estimated
+            minutes = steps * np.median([run.done["minutes"] / run.done["steps"] for run in own])
+            times.setdefault(task, {})[algorithm] = minutes, estimated
     if not panels:
         return []
-    for axis, curves, name in (("step", panels, "learning_curves"), ("hours", times, "learning_curves_hours")):
+    longest = max(minutes[-1] for own in times.values() for minutes, _ in own.values())
+    unit, of_a_minute = ("seconds", 60) if longest < 2 else ("minutes", 1) if longest < 120 else ("hours", 1 / 60)
+    times = {task: {name: (x * of_a_minute, y) for name, (x, y) in own.items()} for task, own in times.items()}
+    for axis, curves, name in (("step", panels, "learning_curves"), (unit, times, "learning_curves_time")):
         records = [{"task": task} | record for task, own in curves.items() for record in curve_records(own, axis)]
         write_csv(out / f"{name}.csv", records)
     blocks = [Heading(CURVES)]
     for task in list(panels):
         if not of_policies and (unlike := results.unlike_envs([task])):
-            blocks.append(Text(f"{task}. {NO_CURVE}{unlike}."))
-            del panels[task], times[task]
+            drawn = results.most_envs(task)
+            left_out = ", ".join(called(name) for name in panels[task] if name not in drawn)
+            blocks.append(Text(f"{task}, {left_out}. {NO_CURVE}{unlike}."))
+            for curves in (panels, times):
+                curves[task] = {name: curve for name, curve in curves[task].items() if name in drawn}
+    panels, times = ({task: own for task, own in curves.items() if len(own) > 1} for curves in (panels, times))
     if not panels:
         return blocks
-    unit, in_an_hour = "hours", 1
-    if max(hours[-1] for own in times.values() for hours, _ in own.values()) < 1:
-        unit, in_an_hour = "minutes", 60
-    times = {task: {name: (x * in_an_hour, y) for name, (x, y) in own.items()} for task, own in times.items()}
     look = colours(results.algorithms)
     over_steps = draw_curves(panels, look, ("environment steps", "return"), out / "learning_curves.png")
-    over_time = draw_curves(times, look, (f"{unit} of training", "return"), out / "learning_curves_hours.png")
+    over_time = draw_curves(times, look, (f"{unit} of training", "return"), out / "learning_curves_time.png")
     caption = (
         f"Mean return of {CURVE_OF[of_policies]}, from where every seed has one; shaded its 95 % interval over seeds, "
         "cut where it is much wider than the curves"
@@ -308,9 +344,8 @@ def write_report(suite: Path, out: Path, baseline: str | None = None, resamples:
     if baseline not in (None, *results.algorithms):
         raise ValueError(f"--baseline: no run of {baseline!r}; there are {', '.join(results.algorithms)}")
     out.mkdir(parents=True, exist_ok=True)
-    runs = results.runs
-    scored = aggregation.choose_rectangle(runs, results.scored_tasks, "Aggregates over tasks")
-    tasks = aggregation.choose_rectangle(runs, results.tasks, "Probability of improvement")
+    scored = aggregation.choose_rectangle(results, results.scored_tasks, "Aggregates over tasks")
+    tasks = aggregation.choose_rectangle(results, results.tasks, "Probability of improvement")
     blocks = [
         *opening(results, suite, resamples),
         *unevenness(results, [scored, tasks]),
@@ -319,6 +354,7 @@ def write_report(suite: Path, out: Path, baseline: str | None = None, resamples:
         *improvements(results, tasks, baseline or "ppo", out),
         *efficiency(results, scored, out, resamples),
         *task_table(results, out),
+        *differences(results, baseline or "ppo", out),
         *learning_curves(results, out),
     ]
     write_documents(blocks, out)

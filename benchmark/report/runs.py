@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +134,12 @@ class Results:
         if len(set().union(*found.values())) < 2:
             return ""
         return ", ".join(f"{name}: {' or '.join(map(str, sorted(numbers)))}" for name, numbers in found.items())
+
+    def most_envs(self, task: str) -> set[str]:
+        """The algorithms that have the number of environments which most have on this task; none if it is one alone."""
+        numbers = {run.algorithm: run.config["args"].get("num_envs", 1) for run in self.runs if run.task == task}
+        most, count = Counter(numbers.values()).most_common(1)[0]
+        return {name for name, number in numbers.items() if number == most} if count > 1 else set()
 
     def name(self, keys: Iterable[Key]) -> str:
         """Runs in few words, see `name_runs`."""

@@ -13,6 +13,7 @@ INEXACT = {  # by the end of what is recorded for a commit
     "-dirty": "files that differ from the commit (`-dirty`)",
     "-untracked": "a script that is in no commit (`-untracked`)",
 }
+ABSENT = "(absent)"
 EARLY_SHARE = 0.5  # of the last episodes, from which it is said that they began early
 
 
@@ -104,9 +105,10 @@ def few_episodes(results: Results) -> list[str]:
     """Runs in which fewer than 100 episodes ended."""
     none = [run.key for run in results.runs if run.episodes == 0]
     few = {run.key: run.episodes for run in results.runs if 0 < run.episodes < WINDOW}
-    remarks = [f"No episode ended, so there is no score: {results.name(none)}."] if none else []
+    no_score = "" if results.by_final_policy else ", so there is no score"
+    remarks = [f"No episode ended in training{no_score}: {results.name(none)}."] if none else []
     if few:
-        what = f"Fewer than {WINDOW} episodes (at least {min(few.values())}), scored by those there are"
+        what = f"Fewer than {WINDOW} episodes (at least {min(few.values())}), so that best and last ones are of fewer"
         remarks.append(f"{what}: {results.name(few)}.")
     return remarks
 
@@ -139,32 +141,42 @@ def uneven_seeds(results: Results) -> list[str]:
 def mixed_circumstances(results: Results) -> list[str]:
     """Circumstances that differ anywhere, code that no commit names, settings that differ within an algorithm.
 
-    What the plan names may differ, where the run has it so. A package that a run does not use has no version there.
+    Settings that the plan names may differ, but not between seeds. A package that no run of a script uses has no
+    version there.
     """
     circumstances, inexact, unlike, settings = {}, [], [], defaultdict(dict)
+    packages = defaultdict(set)
     for run in results.runs:
-        meant = (results.plan or {}).get(run.key, {})
-        versions = {f"version of {name}": version for name, version in run.config["versions"].items()}
+        packages[run.config["script"]] |= set(run.config["versions"])
+    for run in results.runs:
+        used = packages[run.config["script"]]
+        versions = {f"version of {name}": run.config["versions"].get(name, ABSENT) for name in sorted(used)}
         own = {name: circumstance(run.config, name) for name in CIRCUMSTANCES} | versions
-        circumstances[run.key] = {name: value for name, value in own.items() if name not in meant}
+        circumstances[run.key] = own
         commit = run.config["git_commit"]
         if not re.fullmatch("[0-9a-f]{40}", commit or ""):
             ending = next((text for ending, text in INEXACT.items() if (commit or "").endswith(ending)), "")
             inexact.append((ending or f"`{commit}` is no commit" if commit else "no commit recorded", run.key))
         has = run.config["args"] | own  # device and precision are in one of the two
-        for name, value in meant.items():
+        for name, value in planned(results, run.key).items():
             if not same(value, has.get(name)):
-                unlike.append((f"{name} is `{has.get(name, '(absent)')}`, not `{value}`", run.key))
-        own_names = (*NO_SETTINGS, "total_timesteps", *meant)  # whose unevenness has remarks of its own
+                unlike.append((f"{name} is `{has.get(name, ABSENT)}`, not `{value}`", run.key))
+        own_names = (*NO_SETTINGS, "total_timesteps")  # whose unevenness has remarks of its own
         args = {name: value for name, value in run.config["args"].items() if name not in own_names}
         settings[run.algorithm][run.key] = {"script": run.config["script"]} | args
-    remarks = mixed(results, circumstances, absent={name for own in circumstances.values() for name in own})
+    remarks = mixed(results, circumstances)
     remarks += [f"Code not exactly known, {group}." for group in grouped(results, inexact)]
     remarks += [f"Not as planned, {group}." for group in grouped(results, unlike)]
     for algorithm, own in settings.items():
-        meant = {name for key in own for name in (results.plan or {}).get(key, {})}  # elsewhere its default
-        remarks += [f"{algorithm}: {remark}" for remark in mixed(results, own, absent=meant)]
+        names = {name for values in own.values() for name in values}
+        whole = {key: {name: values.get(name, ABSENT) for name in names} for key, values in own.items()}
+        remarks += [f"{algorithm}: {remark}" for remark in mixed(results, whole)]
     return remarks
+
+
+def planned(results: Results, key: Key) -> dict:
+    """The settings that the plan names for a run."""
+    return (results.plan or {}).get(key, {})
 
 
 def same(planned: object, had: object) -> bool:
@@ -175,18 +187,16 @@ def same(planned: object, had: object) -> bool:
         return str(planned) == str(had)
 
 
-def mixed(results: Results, values: dict[Key, dict], absent: Iterable[str]) -> list[str]:
-    """Every named value that is not the same in all of these runs, and which runs have which.
-
-    A run may lack those in `absent`.
-    """
+def mixed(results: Results, values: dict[Key, dict]) -> list[str]:
+    """Every named value that is not the same in all runs that have it, but for what the plan means to differ."""
     remarks = []
-    for name in dict.fromkeys(name for own in values.values() for name in own):
-        texts = {
-            key: f"`{own.get(name, '(absent)')}`" for key, own in values.items() if name in own or name not in absent
-        }
+    for name in sorted({name for own in values.values() for name in own}):
+        texts = {key: f"`{own[name]}`" for key, own in values.items() if name in own}
         groups = grouped(results, ((text, key) for key, text in texts.items()))
-        if len(groups) > 1:
+        cells = {(*key[:2], text) for key, text in texts.items()}
+        alike_seeds = len(cells) == len({cell[:2] for cell in cells})
+        unplanned = {text for key, text in texts.items() if name not in planned(results, key)}
+        if len(groups) > 1 and not (alike_seeds and len(unplanned) <= 1):
             pairs = {(key[1], text) for key, text in texts.items()}
             by_task = len(pairs) == len({task for task, _ in pairs})  # no task has two values: a suite may mean it
             remarks.append(f"{'Not the same on every task:' if by_task else 'Mixed'} {name}: {'; '.join(groups)}.")

@@ -15,7 +15,7 @@ import numpy as np
 from benchmark.common import CURVE_PARTS, RESULTS, markdown, mean_interval, parts
 from benchmark.report.pictures import COLOURS, LINES, save_figure
 from benchmark.report.runs import read_results
-from benchmark.report.scores import ALL, LAST, SEED, Scores, cell, difference, varies, visible_cell, welch
+from benchmark.report.scores import ALL, LAST, SEED, Scores, cell, difference, visible_cell, welch
 from benchmark.suites import CONTROL_STEPS, CONTROL_TASKS, SOLVED_AT
 
 matplotlib.use("Agg")
@@ -74,8 +74,9 @@ def gated_table(scores: Scores, of_gated: Scores) -> str:
         row = [task, cell(own.mean(), *mean_interval(own), "z.1f")]
         for name in ("Deep SPI", "additive"):
             other = scores[task][PLACEMENTS[name]][LAST]
-            p = f", p {welch(own, other).pvalue:.3f}" if varies(own, other) else ""
-            row += [cell(*difference(own, other), "+z.1f") + p, visible_cell(own, other, "z.1f")]
+            mean, low, high = difference(own, other)
+            p = f", p {welch(own, other).pvalue:.3f}" if low < high else ""
+            row += [cell(mean, low, high, "+z.1f") + p, visible_cell(own, other, "z.1f")]
         rows.append(row)
     columns = [column for name in ("Deep SPI", "additive") for column in (f"gated − {name}", "could have seen")]
     return markdown(["task", "gated, last 100 games", *columns], rows)

@@ -6,15 +6,16 @@ weights, and if evaluate.py played with them. Writes results/every_game.csv, a r
 anything did; pairs that are whole with the script's text of today are skipped. Exit code 1 if a pair is not whole.
 """
 
+import argparse
 import contextlib
 import csv
 import hashlib
 import importlib
 import io
+import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,8 @@ FILE = RESULTS / "every_game.csv"
 SCRIPTS = sorted({algorithm.script for algorithm in AUXILIARY.values()} | {"dream_spi_atari.py"})
 SMALL = {"num_envs": 8, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 192, "device": "cpu"}
 CUT_AT = 500
+NEW_LINE = "\n"
+STOPPED = 75  # the exit code of a script that was sent a signal to stop
 COLUMNS = ("script", "text", "game", "actions", "steps", "evaluation_steps", "problem")
 
 
@@ -66,8 +69,12 @@ def rows_of(script: str, games: list[str]) -> Iterator[dict]:
             try:
                 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                     row |= check(module, game, Path(folder))
-            except (Exception, SystemExit):  # of any kind: it is what is looked for, and is written down
-                row["problem"] = traceback.format_exc().splitlines()[-1]
+            except SystemExit as error:
+                if error.code == STOPPED:
+                    raise
+                row["problem"] = f"SystemExit {error.code}: {said.getvalue().strip().rpartition(NEW_LINE)[2]}"
+            except Exception as error:  # of any kind: it is what is looked for, and is written down
+                row["problem"] = f"{type(error).__name__}: {str(error).strip().partition(NEW_LINE)[0]}"
         yield row
 
 
@@ -77,12 +84,11 @@ def key(row: dict) -> tuple[str, str]:
 
 
 def make(script: str) -> None:
-    """The pairs of one script that are missing, each written as it is finished."""
-    kept = {key(row): row for row in read_table(FILE)}
-    whole = {k for k, row in kept.items() if row["text"] == text_of(row["script"]) and not row["problem"]}
+    """The pairs of one script that are missing or were not whole, each written as it is finished."""
+    whole = {key(row) for row in read_table(FILE) if row["text"] == text_of(row["script"]) and not row["problem"]}
     games = [game for game in ATARI57_GAMES if (script, game) not in whole]
-    for row in tqdm(rows_of(script, games), script, total=len(games)):
-        kept[key(row)] = row
+    for new in tqdm(rows_of(script, games), script, total=len(games)):
+        kept = {key(row): row for row in read_table(FILE)} | {key(new): new}
         with open(FILE, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
@@ -99,14 +105,18 @@ def table() -> str:
     return markdown(["game", "actions", *(f"`{script}`" for script in SCRIPTS)], lines)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Every script in a process of its own; or the one that is named."""
-    if sys.argv[1:]:
+    parser = argparse.ArgumentParser("python -m benchmark.studies.every_game", description=__doc__.splitlines()[0])
+    parser.add_argument("script", nargs="?", choices=SCRIPTS, help="only this one, in this process")
+    if script := parser.parse_args(words).script:
         torch.set_num_threads(1)  # layers of eight games gain nothing from a second
-        make(sys.argv[1])
+        make(script)
         return
-    for script in SCRIPTS:
-        subprocess.run([sys.executable, "-m", "benchmark.studies.every_game", script], cwd=ROOT, check=True)
+    for script in SCRIPTS:  # one that dies leaves pairs that are missing
+        code = subprocess.run([sys.executable, "-m", "benchmark.studies.every_game", script], cwd=ROOT).returncode
+        if code in (STOPPED, -signal.SIGINT):
+            raise SystemExit(code)
     whole = {key(row) for row in read_table(FILE) if not row["problem"]}
     missing = [(script, game) for script in SCRIPTS for game in ATARI57_GAMES if (script, game) not in whole]
     print(f"{len(whole)} pairs of script and game are whole; not: {missing or 'none'}")

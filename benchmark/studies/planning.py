@@ -3,8 +3,9 @@
 Reads the finished runs of `dream_spi` in suite `control`, and those of suites `planning`, `planning-published` and
 `planning-atari`, below
 FOLDER (runs/benchmark) into results/planning.csv: a row each, with how the return went, what the actor did in
-imagination, and what the world model pays. Tables and picture come from that file, and from results/suites/control for
-PPO and Deep SPI. The protocol, with what decides, is in benchmark/PROTOCOL.md.
+imagination, and what the world model pays. Tables and pictures come from that file; those of the control tasks from
+results/suites/control too, where `benchmark.keep` puts these runs. The protocol, with what decides, is in
+benchmark/PROTOCOL.md.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from benchmark.common import (
 )
 from benchmark.report.pictures import COLOURS as METHOD_COLOURS
 from benchmark.report.pictures import LINES, called, save_figure
-from benchmark.report.scores import LAST, cell, difference, read_scores, varies, welch
+from benchmark.report.scores import LAST, cell, difference, read_scores, welch
 from benchmark.studies import control
 from benchmark.suites import CLIPS, CONTROL_STEPS, HORIZONS, RANDOM_PLAYER, SOLVED_AT, SUITES
 
@@ -74,11 +75,18 @@ def row_of(suite: str, run_dir: Path) -> dict:
     curve = np.array([value for _, value in parts(episodes[:, 0], episodes[:, 1], last_step, CURVE_PARTS)])
     if env_id in SOLVED_AT:  # 0: a random player; 1: solves it
         curve = (curve - RANDOM_PLAYER[env_id]) / (SOLVED_AT[env_id] - RANDOM_PLAYER[env_id])
-    key = {"suite": suite, "arm": run_dir.parts[-3], "task": env_id, "seed": args["seed"], "steps": last_step}
+    key = {
+        "suite": suite,
+        "arm": run_dir.parts[-3],
+        "task": run_dir.parts[-2],
+        "seed": args["seed"],
+        "steps": last_step,
+    }
     key |= {"clip": args["imagination_clip_coef"], "horizon": args["horizon"]}
     went = {"last_100": episodes[-100:, 1].mean() if len(episodes) else np.nan}
     went |= {"mean": curve.mean(), "fall": fall(curve)} if len(curve) else {"mean": np.nan, "fall": np.nan}
     medians = {name: np.median(events[metric][1]) for name, metric in MEASURES.items()}
+    medians["relative_error"] = medians["return_error"] / abs(medians["real_return"])
     numbers = {name: f"{value:.6g}" for name, value in (went | medians).items()}
     return key | numbers | circumstances(config) | {"settings": settings_text(args)}
 
@@ -93,8 +101,10 @@ def collect(folder: Path) -> int:
                 found[tuple(str(row[name]) for name in ("suite", "arm", "task", "seed"))] = row
     kept = {(row["suite"], row["arm"], row["task"], row["seed"]): row for row in read_table(FILE)}
     rows = [row for _, row in sorted((kept | found).items())]
-    if not rows:
+    if not found:
         raise SystemExit(f"error: FOLDER: no finished run of {', '.join(STUDY)} in {folder}")
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise SystemExit(f"error: {FILE}: has other columns than these runs: move it away, and read all runs anew")
     with open(FILE, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -116,12 +126,16 @@ def column(rows: Rows, name: str) -> np.ndarray:
     return np.array([float(rows[seed][name]) for seed in sorted(rows)])
 
 
-def cell_of(runs_of: dict, clip: float, horizon: int, name: str, task: str | None = None) -> np.ndarray:
-    """A column of one clip and horizon: of one task, or each seed's mean over the tasks."""
-    tasks = [task] if task else TASKS
-    each = [runs_of[env_id, f"clip{clip:g}-h{horizon}"] for env_id in tasks]
+def by_seed(runs_of: dict, clip: float, horizon: int, name: str, task: str | None = None) -> dict[int, float]:
+    """A column of one clip and horizon: of one task, or the mean over the tasks, of each seed that has them."""
+    each = [runs_of[of, f"clip{clip:g}-h{horizon}"] for of in ([task] if task else TASKS)]
     seeds = sorted(set.intersection(*map(set, each)))
-    return np.array([np.mean([float(rows[seed][name]) for rows in each]) for seed in seeds])
+    return {seed: float(np.mean([float(rows[seed][name]) for rows in each])) for seed in seeds}
+
+
+def cell_of(*words) -> np.ndarray:
+    """The values of `by_seed`, in the order of the seeds."""
+    return np.array(list(by_seed(*words).values()))
 
 
 def control_table() -> str:
@@ -136,17 +150,18 @@ def control_table() -> str:
         line = [task, f"{int(next(iter(rows.values()))['steps']):,}", f"{threshold:g}"]
         for own in (ours, theirs["deep_spi"], theirs["ppo"]):
             line.append(f"{cell(own.mean(), *mean_interval(own), 'z.1f')}; {(own >= threshold).sum()} of {len(own)}")
-        p = f", p {welch(ours, theirs['deep_spi']).pvalue:.3f}" if varies(ours, theirs["deep_spi"]) else ""
-        table.append([*line, cell(*difference(ours, theirs["deep_spi"]), "+z.1f") + p])
+        mean, low, high = difference(ours, theirs["deep_spi"])
+        p = f", p {welch(ours, theirs['deep_spi']).pvalue:.3f}" if low < high else ""
+        table.append([*line, cell(mean, low, high, "+z.1f") + p])
     header = ["task", "steps", "solved if", "DreamSPI; seeds that solve it", "Deep SPI", "PPO", "DreamSPI − Deep SPI"]
     return markdown(header, table)
 
 
 def outcome() -> str:
-    """The one outcome that decides: the fall at horizon 8, clip 0.01 - clip 0.1, paired by seed."""
-    found = runs("planning")
-    paired = cell_of(found, 0.01, 8, "fall") - cell_of(found, 0.1, 8, "fall")
-    return cell(paired.mean(), *mean_interval(paired), "+z.2f")
+    """The one outcome that decides: the fall at horizon 8, clip 0.01 - clip 0.1, of the seeds that have both."""
+    small, large = (by_seed(runs("planning"), clip, 8, "fall") for clip in (0.01, 0.1))
+    paired = np.array([small[seed] - large[seed] for seed in small if seed in large])
+    return f"{cell(paired.mean(), *mean_interval(paired), '+z.2f')}, {len(paired)} seeds"
 
 
 def planning_table() -> str:
@@ -161,11 +176,10 @@ def planning_table() -> str:
                 own = cell_of(found, clip, horizon, "last_100", task)
                 solved.append(f"{own.mean():z.0f}; {(own >= SOLVED_AT[task]).sum()} of {len(own)}")
             mean, down = (cell_of(found, clip, horizon, name) for name in ("mean", "fall"))
-            error, size = (cell_of(found, clip, horizon, name) for name in ("return_error", "real_return"))
             numbers = [
                 cell(mean.mean(), *mean_interval(mean), "z.2f"),
                 cell(down.mean(), *mean_interval(down), "z.2f"),
-                f"{np.mean(error / np.abs(size)):.2f}",
+                f"{cell_of(found, clip, horizon, 'relative_error').mean():.2f}",
                 *(f"{cell_of(found, clip, horizon, name).mean():.2g}" for name in ("reward_loss", "transition_loss")),
                 *(f"{cell_of(found, clip, horizon, name).mean():.2f}" for name in ("ratio_max", "inside")),
             ]
@@ -233,6 +247,8 @@ def draw_control() -> None:
     shown = ("ppo", "deep_spi", "dream_spi")
     table = control.curves(shown)
     tasks = [task for task in CONTROL_STEPS if "dream_spi" in table.get(task, {})]
+    if not tasks:
+        return
     figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.6), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for name in shown:
