@@ -46,5 +46,5 @@ def test_the_table_of_gated_has_welchs_intervals():
     )
     (line,) = table.splitlines()[2:]
     # both vary by 1: the difference's standard error is √(2/3), with four degrees of freedom: half width 2.776 · 0.816
-    assert "| 496.0 [493.5, 498.5] | -3.0 [-5.3, -0.7], p 0.021 |" in line
+    assert "| 3 | 496.0 [493.5, 498.5] | -3.0 [-5.3, -0.7], p 0.021 |" in line
     assert "| +6.0 [+3.5, +8.5], p 0.009 |" in line  # additive is constant: Student's, two degrees of freedom

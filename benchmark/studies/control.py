@@ -69,9 +69,9 @@ def placement_difference_table(scores: Scores) -> str:
 def gated_table(scores: Scores, of_gated: Scores) -> str:
     """Markdown: how the gated placement ends each task, against the other two (protocol: benchmark/PROTOCOL.md)."""
     rows = []
-    for task, algorithms in of_gated.items():
-        own = algorithms["gated"][LAST]
-        row = [task, cell(own.mean(), *mean_interval(own), "z.1f")]
+    for task in (task.label for task in CONTROL_TASKS if task.label in of_gated):
+        own = of_gated[task]["gated"][LAST]
+        row = [task, str(len(own)), cell(own.mean(), *mean_interval(own), "z.1f")]
         for name in ("Deep SPI", "additive"):
             other = scores[task][PLACEMENTS[name]][LAST]
             mean, low, high = difference(own, other)
@@ -79,7 +79,7 @@ def gated_table(scores: Scores, of_gated: Scores) -> str:
             row += [cell(mean, low, high, "+z.1f") + p, visible_cell(own, other, "z.1f")]
         rows.append(row)
     columns = [column for name in ("Deep SPI", "additive") for column in (f"gated − {name}", "could have seen")]
-    return markdown(["task", "gated, last 100 games", *columns], rows)
+    return markdown(["task", "seeds", "gated, last 100 games", *columns], rows)
 
 
 def curves(algorithms: Collection[str] = PLACEMENTS.values()) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
