@@ -46,6 +46,7 @@ Block = Heading | Text | Bullets | Table | Picture
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; font-size: 85%; }
 th, td { border: 1px solid #ccc; padding: 2px 8px; text-align: left; }
+td, li { overflow-wrap: anywhere; }
 th { background: #eee; } img { max-width: 100%; } figcaption { font-size: 85%; }"""
 
 

@@ -24,6 +24,7 @@ from benchmark.report.runs import WINDOW, FinishedRun, Results, curve_points, re
 from benchmark.report.uneven import remarks_on
 
 PROFILE_POINTS = 81
+LEAST_POINTS = 5  # of a curve: two points draw a climb out of noise
 CURVES = "Learning curves"
 NO_CURVE = (
     "Not drawn: among more environments the games that have ended by a step are the shorter ones, and began with older "
@@ -93,7 +94,7 @@ def provenance(results: Results, out: Path) -> list[Block]:
     return [
         Heading("What was run"),
         Table(["algorithm", "runs", *names, "sps"], rows, "runs"),
-        Text("sps: median over runs. `runs.csv` has every run: scores, settings, machine, versions."),
+        Text("sps: median over the runs of all tasks. `runs.csv` has every run: scores, settings, machine, versions."),
         Bullets(lines),
     ]
 
@@ -194,8 +195,9 @@ def efficiency(results: Results, rectangle: Rectangle, out: Path, resamples: int
 
     scores = aggregation.matrices(results.runs, rectangle, curve)  # (seeds, tasks, points)
     begun = ~np.any([np.isnan(matrix).any(axis=(0, 1)) for matrix in scores.values()], axis=0)
-    if not begun.any():
-        return [heading, Text("None: some run has no episode by the end of its task's shortest run.")]
+    if begun.sum() < LEAST_POINTS:
+        late = "None: in some run hardly an episode has ended by the end of its task's shortest run"
+        return [heading, Text(f"{late} (points that all have: {begun.sum()}).")]
     x, scores = x[begun], {name: matrix[..., begun] for name, matrix in scores.items()}
     estimates = aggregation.estimate(scores, aggregation.interquartile_mean, resamples)
     curves = {name: (x, estimated) for name, estimated in estimates.items()}

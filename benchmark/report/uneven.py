@@ -191,7 +191,7 @@ def mixed(results: Results, values: dict[Key, dict]) -> list[str]:
     """Every named value that is not the same in all runs that have it, but for what the plan means to differ."""
     remarks = []
     for name in sorted({name for own in values.values() for name in own}):
-        texts = {key: f"`{own[name]}`" for key, own in values.items() if name in own}
+        texts = {key: f"`{shortened(name, own[name])}`" for key, own in values.items() if name in own}
         groups = grouped(results, ((text, key) for key, text in texts.items()))
         cells = {(*key[:2], text) for key, text in texts.items()}
         alike_seeds = len(cells) == len({cell[:2] for cell in cells})
@@ -201,6 +201,11 @@ def mixed(results: Results, values: dict[Key, dict]) -> list[str]:
             by_task = len(pairs) == len({task for task, _ in pairs})  # no task has two values: a suite may mean it
             remarks.append(f"{'Not the same on every task:' if by_task else 'Mixed'} {name}: {'; '.join(groups)}.")
     return remarks
+
+
+def shortened(name: str, value: object) -> object:
+    """A commit by its first ten digits and its ending; all else as it is."""
+    return value[:10] + value[40:] if name == "git_commit" and value else value
 
 
 def grouped(results: Results, pairs: Iterable[tuple[str, Key]]) -> list[str]:
