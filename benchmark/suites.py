@@ -107,6 +107,15 @@ PUBLISHED_PLANNING = {
     "published": Algorithm("benchmark/peers/dream_spi_published.py", dict.fromkeys(PUBLISHED_WAYS, True)),
 }
 
+# The paper's figure 4, in its own configuration.
+CORRIDORS = {
+    "ppo": Algorithm("benchmark/peers/deep_spi_corridors.py", PPO_FLAGS),
+    "additive": Algorithm("benchmark/peers/deep_spi_corridors.py", {"loss_placement": "additive"}),
+    "deep_spi": Algorithm("benchmark/peers/deep_spi_corridors.py"),
+    "published-norm": Algorithm("benchmark/peers/deep_spi_corridors.py", {"published_norm": True}),
+    "learned-dummies": Algorithm("benchmark/peers/deep_spi_corridors.py", {"learned_dummies": True}),
+}
+
 LONG = {name: AUXILIARY[name] for name in ("ppo", "deep_spi", "additive", "deepmdp")}
 
 ABLATION = {
@@ -228,6 +237,7 @@ SUITES = {
     "long": Suite(LONG, LONG_TASKS, seeds=2),
     "auxiliary": Suite(AUXILIARY, [Task("Krull-v5", 300_000), *LONG_TASKS], seeds=3),
     "mujoco": Suite(CONTINUOUS, [Task(f"{name}-v4", 1_000_000) for name in MUJOCO], seeds=5),
+    "corridors": Suite(CORRIDORS, [Task("Corridors-v0", 200_000)], seeds=10, evaluate=0),
     "ablation": Suite(ABLATION, atari_tasks(ATARI5_GAMES), seeds=5),
 }
 
