@@ -8,6 +8,7 @@ one is expected to miss 0 by chance. This was fixed when 34 of the 180 runs, tho
 
 from collections import defaultdict
 from collections.abc import Collection
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -82,10 +83,12 @@ def gated_table(scores: Scores, of_gated: Scores) -> str:
     return markdown(["task", "seeds", "gated, last 100 games", *columns], rows)
 
 
-def curves(algorithms: Collection[str] = PLACEMENTS.values()) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+def curves(
+    algorithms: Collection[str] = PLACEMENTS.values(), folder: Path = FOLDER
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Task → algorithm → steps (points,) and returns (seeds, points), where every seed of every algorithm has games."""
     found = defaultdict(lambda: defaultdict(list))  # {step: return} of each seed, in the order of the seeds
-    runs = (run for run in read_results(FOLDER).runs if run.algorithm in algorithms)
+    runs = (run for run in read_results(folder).runs if run.algorithm in algorithms)
     for run in sorted(runs, key=lambda run: run.seed):
         found[run.task][run.algorithm].append(dict(parts(run.ends, run.returns, run.done["steps"], CURVE_PARTS)))
     table = {}

@@ -1,11 +1,10 @@
 """DreamSPI on vectors: how far the actor may move, how far it plans: python -m benchmark.studies.planning FOLDER
 
 Reads the finished runs of `dream_spi` in suite `control`, and those of suites `planning`, `planning-published` and
-`planning-atari`, below
-FOLDER (runs/benchmark) into results/planning.csv: a row each, with how the return went, what the actor did in
-imagination, and what the world model pays. Tables and pictures come from that file; those of the control tasks from
-results/suites/control too, where `benchmark.keep` puts these runs. The protocol, with what decides, is in
-benchmark/PROTOCOL.md.
+`planning-atari`, below FOLDER (runs/benchmark) into results/planning.csv: a row each, with how the return went, what
+the actor did in imagination, and what the world model pays. Tables and pictures come from that file; those of the
+control tasks also from results/suites/control and results/suites/control-dream_spi, where `benchmark.keep` has put
+them. The protocol, with what decides, is in benchmark/PROTOCOL.md.
 """
 
 import argparse
@@ -39,6 +38,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FILE = RESULTS / "planning.csv"
+FOLDER = RESULTS / "suites" / "control-dream_spi"
 STUDY = ("control", "planning", "planning-published", "planning-atari")
 TASKS = [task.env_id for task in SUITES["planning"].tasks]
 MEASURES = {  # column → metric, of which the median over all iterations is taken
@@ -244,15 +244,11 @@ def draw() -> None:
 
 def draw_control() -> None:
     """Return over steps of DreamSPI, Deep SPI and PPO: means over seeds with their intervals, a panel a task."""
-    shown = ("ppo", "deep_spi", "dream_spi")
-    table = control.curves(shown)
-    tasks = [task for task in CONTROL_STEPS if "dream_spi" in table.get(task, {})]
-    if not tasks:
-        return
+    table, dreams = control.curves(("ppo", "deep_spi")), control.curves(("dream_spi",), FOLDER)
+    tasks = [task for task in CONTROL_STEPS if task in dreams]
     figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.6), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        for name in shown:
-            steps, returns = table[task][name]
+        for name, (steps, returns) in (table[task] | dreams[task]).items():
             look = {"color": METHOD_COLOURS[name], "ls": LINES.get(name, "-"), "label": called(name)}
             axis.plot(steps / 1000, returns.mean(axis=0), lw=1.5, **look)
             low, high = mean_interval(returns)
