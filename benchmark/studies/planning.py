@@ -215,7 +215,7 @@ def atari_table() -> str:
         for row in rows.values():
             names = ("transition_loss", "transition_copy", "done_rate", "real_done_rate", "imagined_return")
             names += ("real_return", "return_error", "latent_entropy", "dead_classes", "inside")
-            last = f"{float(row['last_100']):.1f}"
+            last = "no game ended" if row["last_100"] == "nan" else f"{float(row['last_100']):.1f}"
             table.append([task, f"{int(row['steps']):,}", last, *(f"{float(row[name]):.2g}" for name in names)])
     header = ["game", "steps", "last 100 games", "ℓ_P", "no change", "imagined ends a step", "real", "imagined return"]
     return markdown([*header, "real", "error", "entropy", "dead classes", "inside"], table)
