@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import gymnasium as gym
@@ -139,27 +140,29 @@ class Log(BaseCallback):
         self.run.writer.flush()
 
 
-def train(args: Args) -> None:
-    """One run with SB3, in a folder like that of the scripts, but without checkpoints."""
-    with mock.patch.object(ppo_baseline, "__file__", __file__):  # whose name and copy the folder has
-        run = Run(args)
+def open_run(script: ModuleType, file: str, args: object) -> Run:
+    """The run's folder as the script makes it, with the name and the copy of the peer that is this file."""
+    with mock.patch.object(script, "__file__", file):
+        run = script.Run(args)
     run.config["versions"]["stable_baselines3"] = stable_baselines3.__version__
     (run.dir / "config.json").write_text(json.dumps(run.config, indent=2) + "\n", encoding="utf-8")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) == run.stop:
             signal.signal(number, signal.SIG_DFL)  # nobody here ends an iteration and writes a checkpoint
-    envs = EnvPoolVecEnv(args)
-    batch_size = args.num_envs * args.num_steps
-    steps = args.total_timesteps // batch_size * batch_size
+    return run
+
+
+def learn(policy: str, envs: VecEnv, args: object, run: Run) -> None:
+    """Train SB3's PPO with the script's settings, and write its weights."""
+    rollout = args.num_envs * args.num_steps
+    steps = args.total_timesteps // rollout * rollout
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 on CUDA too
     model = PPO(
-        "CnnPolicy",
+        policy,
         envs,
-        learning_rate=lambda remaining: (
-            (remaining + batch_size / steps) * args.learning_rate
-        ),  # SB3's is an update late
+        learning_rate=lambda remaining: (remaining + rollout / steps) * args.learning_rate,  # SB3's is an update late
         n_steps=args.num_steps,
-        batch_size=batch_size // args.num_minibatches,
+        batch_size=rollout // args.num_minibatches,
         n_epochs=args.update_epochs,
         gamma=args.gamma,
         gae_lambda=args.gae_lambda,
@@ -174,6 +177,12 @@ def train(args: Args) -> None:
     model.learn(steps, callback=Log(run))
     torch.save(model.policy.state_dict(), run.dir / "agent.pt")
     run.bar.close()
+
+
+def train(args: Args) -> None:
+    """One run with SB3, in a folder like that of the scripts, but without checkpoints."""
+    run, envs = open_run(ppo_baseline, __file__, args), EnvPoolVecEnv(args)
+    learn("CnnPolicy", envs, args, run)
     envs.close()
 
 

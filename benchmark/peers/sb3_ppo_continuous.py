@@ -6,26 +6,19 @@ The run's folder is that of the scripts, without what evaluate.py would need. Wh
 `sb3_ppo.py`; and its running statistics change with each step, ours with each rollout.
 """
 
-import json
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import gymnasium as gym
 import numpy as np
-import stable_baselines3
-import torch
 import tyro
-from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it also starts as a file, as benchmark.run does
 import deep_spi_ppo_continuous
 from benchmark.common import speak_utf8
-from benchmark.peers.sb3_ppo import EnvPoolVecEnv, Log
-from deep_spi_ppo_continuous import Run
+from benchmark.peers.sb3_ppo import EnvPoolVecEnv, learn, open_run
 
 
 @dataclass
@@ -68,36 +61,9 @@ class VectorVecEnv(EnvPoolVecEnv):
 
 def train(args: Args) -> None:
     """One run with SB3, in a folder like that of the scripts, but without checkpoints."""
-    with mock.patch.object(deep_spi_ppo_continuous, "__file__", __file__):  # whose name and copy the folder has
-        run = Run(args)
-    run.config["versions"]["stable_baselines3"] = stable_baselines3.__version__
-    (run.dir / "config.json").write_text(json.dumps(run.config, indent=2) + "\n", encoding="utf-8")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        if signal.getsignal(number) == run.stop:
-            signal.signal(number, signal.SIG_DFL)  # nobody here ends an iteration and writes a checkpoint
+    run = open_run(deep_spi_ppo_continuous, __file__, args)
     envs = VecNormalize(VectorVecEnv(args), gamma=args.gamma)
-    rollout = args.num_envs * args.num_steps
-    steps = args.total_timesteps // rollout * rollout
-    model = PPO(
-        "MlpPolicy",  # two layers of 64 with tanh, for the policy and for the value
-        envs,
-        learning_rate=lambda remaining: (remaining + rollout / steps) * args.learning_rate,  # SB3's is an update late
-        n_steps=args.num_steps,
-        batch_size=rollout // args.num_minibatches,
-        n_epochs=args.update_epochs,
-        gamma=args.gamma,
-        gae_lambda=args.gae_lambda,
-        clip_range=args.clip_coef,
-        ent_coef=args.ent_coef,
-        vf_coef=args.vf_coef / 2,  # SB3's value loss is the mean square without the half
-        max_grad_norm=args.max_grad_norm,
-        policy_kwargs={"optimizer_kwargs": {"eps": 1e-5}},
-        seed=args.seed % 2**32,
-        device=args.device,
-    )
-    model.learn(steps, callback=Log(run))
-    torch.save(model.policy.state_dict(), run.dir / "agent.pt")
-    run.bar.close()
+    learn("MlpPolicy", envs, args, run)  # two layers of 64 with tanh, for the policy and for the value
     envs.venv.close()
 
 
