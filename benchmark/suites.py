@@ -230,6 +230,12 @@ SUITES = {
     "planning": Suite(
         CLIP_BY_HORIZON, [Task("CartPole-v1", 200_000), Task("Acrobot-v1", 200_000)], seeds=5, evaluate=0
     ),
+    "planning-longer": Suite(
+        {"dream_spi-h15": Algorithm("dream_spi.py", {"horizon": 15})},
+        [Task("CartPole-v1", 400_000), Task("Acrobot-v1", 400_000), Task("LunarLander-v3", 1_500_000)],
+        seeds=5,
+        evaluate=0,
+    ),
     "planning-published": Suite(PUBLISHED_PLANNING, [Task("CartPole-v1", 200_000)], seeds=5, evaluate=0),
     "planning-atari": Suite(
         {"dream_spi": ATARI["dream_spi"]}, [Task("Pong-v5", 200_000), Task("Boxing-v5", 200_000)], seeds=1
