@@ -32,6 +32,17 @@ def own_file(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_longer_runs_have_every_seed_and_say_who_solves(own_file):
+    key = {"suite": "planning-longer", "arm": "dream_spi-h15", "steps": 397_312}
+    write(
+        [row("CartPole-v1", 0.1, 15, seed, last_100=last) | key for seed, last in enumerate((500, 474, 475), start=1)]
+    )
+    *_, line = planning.longer_table().splitlines()
+    # Student's t with two degrees of freedom, of the standard deviation 14.73: ± 36.6
+    start = "| CartPole-v1 | 397,312 | 475 | 483.0 [446.4, 519.6] | 500, 474, 475 | 2 of 3 |"
+    assert line.startswith(start) and planning.longer_table().count("\n") == 2
+
+
 def test_every_cell_is_planned_and_differs_only_by_clip_and_horizon():
     algorithms = SUITES["planning"].algorithms
     assert {tuple(a.flags.values()) for a in algorithms.values()} == {(c, h) for c in CLIPS for h in HORIZONS}

@@ -1,10 +1,10 @@
 """DreamSPI on vectors: how far the actor may move, how far it plans: python -m benchmark.studies.planning FOLDER
 
-Reads the finished runs of `dream_spi` in suite `control`, and those of suites `planning`, `planning-published` and
-`planning-atari`, below FOLDER (runs/benchmark) into results/planning.csv: a row each, with how the return went, what
-the actor did in imagination, and what the world model pays. Tables and pictures come from that file; those of the
-control tasks also from results/suites/control and results/suites/control-dream_spi, where `benchmark.keep` has put
-them. The protocol, with what decides, is in benchmark/PROTOCOL.md.
+Reads the finished runs of `dream_spi` in suite `control`, and those of suites `planning`, `planning-longer`,
+`planning-published` and `planning-atari`, below FOLDER (runs/benchmark) into results/planning.csv: a row each, with how
+the return went, what the actor did in imagination, and what the world model pays. Tables and pictures come from that
+file; those of the control tasks also from results/suites/control and results/suites/control-dream_spi, where
+`benchmark.keep` has put them. The protocol, with what decides, is in benchmark/PROTOCOL.md.
 """
 
 import argparse
@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt
 
 FILE = RESULTS / "planning.csv"
 FOLDER = RESULTS / "suites" / "control-dream_spi"
-STUDY = ("control", "planning", "planning-published", "planning-atari")
+STUDY = ("control", "planning", "planning-longer", "planning-published", "planning-atari")
 TASKS = [task.env_id for task in SUITES["planning"].tasks]
 MEASURES = {  # column → metric, of which the median over all iterations is taken
     "reward_loss": "world_model/reward_loss",
@@ -186,6 +186,21 @@ def planning_table() -> str:
             table.append([f"{clip:g}", str(horizon), *solved, *numbers])
     header = ["clip", "H", *(f"{task}, last 100; solved" for task in TASKS), "mean", "fall"]
     return markdown([*header, "error of the imagined return", "ℓ_R", "ℓ_P", "largest ratio", "inside"], table)
+
+
+def longer_table() -> str:
+    """Markdown: which control tasks DreamSPI solves with a horizon of 15, and what its world model pays."""
+    table = []
+    for (task, _), rows in runs("planning-longer").items():
+        last = column(rows, "last_100")
+        mean = cell(last.mean(), *mean_interval(last), "z.1f") if len(last) > 1 else f"{last.mean():z.1f}"
+        solved = f"{(last >= SOLVED_AT[task]).sum()} of {len(last)}"
+        numbers = [f"{column(rows, name).mean():.2g}" for name in ("fall", "relative_error", "reward_loss")]
+        losses = "; ".join(f"{column(rows, name).mean():.2g}" for name in ("transition_loss", "transition_copy"))
+        steps, each = f"{int(next(iter(rows.values()))['steps']):,}", ", ".join(f"{value:z.0f}" for value in last)
+        table.append([task, steps, f"{SOLVED_AT[task]:g}", mean, each, solved, *numbers, losses])
+    header = ["task", "steps", "solved if", "last 100 games", "each seed", "solve it", "fall"]
+    return markdown([*header, "error of the imagined return", "ℓ_R", "ℓ_P; no change"], table)
 
 
 def published_table() -> str:
