@@ -30,6 +30,10 @@ def test_differences_are_of_two_seeds_a_side_or_more_and_by_welch():
     assert float(row[4]) > 2267
 
 
+def test_a_seed_a_side_is_no_comparison():
+    assert mujoco.difference_table(scores(ppo=[1000], sb3=[500])) == "None yet."
+
+
 def test_what_the_protocol_compares_is_in_the_suite():
     names = {name for pair in mujoco.COMPARISONS.values() for name in pair}
     assert names == set(SUITES["mujoco"].algorithms)

@@ -31,4 +31,6 @@ def difference_table(scores: Scores) -> str:
             if min(len(a), len(b)) > 1:
                 interval, seen = cell(*difference(a, b), "+z.0f"), visible_cell(a, b, "z.0f")
                 rows.append([task, question, f"{len(a)}, {len(b)}", interval, seen])
+    if not rows:
+        return "None yet."
     return markdown(["task", "comparison", "seeds", "difference [95 % interval]", "could have seen"], rows)
