@@ -231,7 +231,7 @@ SUITES = {
         CLIP_BY_HORIZON, [Task("CartPole-v1", 200_000), Task("Acrobot-v1", 200_000)], seeds=5, evaluate=0
     ),
     "planning-longer": Suite(
-        {"dream_spi-h15": Algorithm("dream_spi.py", {"horizon": 15})},
+        PLANNING | {"dream_spi-h15": Algorithm("dream_spi.py", {"horizon": 15})},
         [Task("CartPole-v1", 400_000), Task("Acrobot-v1", 400_000), Task("LunarLander-v3", 1_500_000)],
         seeds=5,
         evaluate=0,
