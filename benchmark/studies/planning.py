@@ -189,7 +189,7 @@ def planning_table() -> str:
 
 
 def longer_table() -> str:
-    """Markdown: which control tasks DreamSPI solves in more steps, with either horizon, and what its world model pays."""
+    """Markdown: which control tasks DreamSPI solves in more steps or with a longer horizon, and its losses."""
     table = []
     for (task, _), rows in sorted(runs("planning-longer").items()):
         last = column(rows, "last_100")
