@@ -33,7 +33,7 @@ def own_file(tmp_path, monkeypatch):
 
 
 def test_longer_runs_have_every_seed_and_say_who_solves(own_file):
-    key = {"suite": "planning-longer", "arm": "dream_spi-h15", "steps": 397_312}
+    key = {"suite": "planning-longer", "arm": "dream_spi-h15", "horizon": 15, "steps": 397_312}
     write(
         [row("CartPole-v1", 0.1, 15, seed, last_100=last) | key for seed, last in enumerate((500, 474, 475), start=1)]
     )
