@@ -17,7 +17,7 @@ def score_table(scores: Scores) -> str:
     for task, algorithms in scores.items():
         for algorithm, outcomes in algorithms.items():
             own = outcomes[LAST]
-            mean = cell(own.mean(), *(mean_interval(own) if len(own) > 1 else (0, 0)), "z.0f")
+            mean = cell(own.mean(), *mean_interval(own), "z.0f")
             rows.append([task, algorithm, str(len(own)), mean, ", ".join(f"{value:z.0f}" for value in own)])
     return markdown(["task", "algorithm", "seeds", "last 100 episodes [95 % interval]", "each seed"], rows)
 

@@ -192,14 +192,13 @@ def longer_table() -> str:
     """Markdown: which control tasks DreamSPI solves in more steps or with a longer horizon, and its losses."""
     table = []
     for (task, _), rows in sorted(runs("planning-longer").items()):
-        last = column(rows, "last_100")
-        mean = cell(last.mean(), *mean_interval(last), "z.1f") if len(last) > 1 else f"{last.mean():z.1f}"
+        last, any_row = column(rows, "last_100"), next(iter(rows.values()))
+        mean = cell(last.mean(), *mean_interval(last), "z.1f")
         solved = f"{(last >= SOLVED_AT[task]).sum()} of {len(last)}"
         numbers = [f"{column(rows, name).mean():.2g}" for name in ("fall", "relative_error", "reward_loss")]
         losses = "; ".join(f"{column(rows, name).mean():.2g}" for name in ("transition_loss", "transition_copy"))
-        steps, each = f"{int(next(iter(rows.values()))['steps']):,}", ", ".join(f"{value:z.0f}" for value in last)
-        horizon = next(iter(rows.values()))["horizon"]
-        table.append([task, horizon, steps, f"{SOLVED_AT[task]:g}", mean, each, solved, *numbers, losses])
+        key = [task, any_row["horizon"], f"{int(any_row['steps']):,}", f"{SOLVED_AT[task]:g}"]
+        table.append([*key, mean, ", ".join(f"{value:z.0f}" for value in last), solved, *numbers, losses])
     header = ["task", "H", "steps", "solved if", "last 100 games", "each seed", "solve it", "fall"]
     return markdown([*header, "error of the imagined return", "ℓ_R", "ℓ_P; no change"], table)
 
