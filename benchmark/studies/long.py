@@ -1,0 +1,133 @@
+"""Suite `long`, agents that learn Atari: python -m benchmark.studies.long FOLDER
+
+FOLDER is the suite's (runs/benchmark/long). Keeps its finished runs in results/suites/long, and what their world models
+pay in each tenth of training in results/long_losses.csv. Tables and picture come from these. The protocol is in
+benchmark/PROTOCOL.md.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from benchmark.common import RESULTS, markdown, mean_interval, read_events, read_table
+from benchmark.launch.keep import keep
+from benchmark.report.pictures import COLOURS, LINES, called, save_figure
+from benchmark.report.runs import FinishedRun, read_known_scores, read_results
+from benchmark.report.scores import cell
+from benchmark.studies.transition import LOSSES, TENTHS, tenths
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FOLDER, FILE = RESULTS / "suites" / "long", RESULTS / "long_losses.csv"
+LATENT_SIZE = 7 * 7 * 64
+SUMS = ("deep_spi_ppo_atari.py",)  # scripts whose ℓ_P is a sum over the latent; DeepMDP's is a mean
+KEY = ("algorithm", "task", "seed")
+
+
+def losses_of(run_dir: Path) -> list[dict]:
+    """Ten rows of a run with a world model, none of one without: medians, ℓ_P per dimension of the latent."""
+    config, events = json.loads((run_dir / "config.json").read_text(encoding="utf-8")), read_events(run_dir)
+    if LOSSES["reward"] not in events:
+        return []
+    last_step = int(events["charts/SPS"][0][-1])
+    columns = {name: tenths(*events[metric], last_step) for name, metric in LOSSES.items()}
+    for name in (name for name in columns if name.startswith("transition") and config["script"] in SUMS):
+        columns[name] /= LATENT_SIZE
+    key = dict(zip(KEY, run_dir.parts[-3:], strict=True))
+    parts = range(1, TENTHS + 1)
+    return [key | {"tenth": i} | {name: f"{column[i - 1]:.6g}" for name, column in columns.items()} for i in parts]
+
+
+def collect(folder: Path) -> int:
+    """Keep the finished runs and their losses, in place of those of the same runs; return the runs' number."""
+    kept = keep(folder, FOLDER)
+    rows = [row for done in folder.glob("*/*/*/done.json") for row in losses_of(done.parent)]
+    new = {tuple(row[name] for name in KEY) for row in rows}
+    rows += [row for row in read_table(FILE) if tuple(row[name] for name in KEY) not in new]
+    if rows:
+        with open(FILE, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(sorted(rows, key=lambda row: (*(row[name] for name in KEY), int(row["tenth"]))))
+    return kept
+
+
+def score(run: FinishedRun, step: int) -> tuple[float, float, float]:
+    """What the policy of that step scored in new games: mean, and Student's 95 % interval over the games."""
+    games = run.policies[step]
+    return games.mean(), *mean_interval(games)
+
+
+def score_table() -> str:
+    """Markdown: each run's final policy in new games, beside the policies on the way, training and known scores."""
+    rows = []
+    for run in read_results(FOLDER).runs:
+        known, best = read_known_scores()[run.game], max(run.policies, key=lambda step: run.policies[step].mean())
+        others = [f"{known[name]:,.1f}" for name in ("random", "human", "published_ppo")]
+        final = f"{cell(*score(run, run.done['steps']), 'z.1f')}, {len(run.policies[run.done['steps']])} games"
+        on_the_way = f"{cell(*score(run, best), 'z.1f')} at {best / 1e6:.1f} M"
+        steps = f"{run.done['steps'] / 1e6:.1f} M"
+        rows.append(
+            [run.game, called(run.algorithm), str(run.seed), steps, final, on_the_way, f"{run.last:z.1f}", *others]
+        )
+    header = [
+        "game",
+        "algorithm",
+        "seed",
+        "steps",
+        "final policy",
+        "best of ten policies",
+        "last 100 games in training",
+    ]
+    return markdown([*header, "random player", "human", "authors' PPO, best in 10 M"], rows)
+
+
+def loss_table() -> str:
+    """Markdown: what each world model pays in the second tenth and the last, beside trivial predictors."""
+    rows = {}
+    for row in read_table(FILE):
+        if row["tenth"] in ("2", str(TENTHS)):
+            pairs = ("transition_mean", "transition_copy"), ("reward", "reward_zero")
+            cells = [" : ".join(f"{float(row[name]):.2g}" for name in pair) for pair in pairs]
+            rows.setdefault(tuple(row[name] for name in KEY), []).append(cells)
+    table = [
+        [task.removesuffix("-v5"), called(algorithm), seed, *(f"{a} → {b}" for a, b in zip(*cells, strict=True))]
+        for (algorithm, task, seed), cells in sorted(rows.items(), key=lambda item: item[0][1:])
+    ]
+    return markdown(["game", "algorithm", "seed", "ℓ_P of P̄'s mean : copying", "ℓ_R : always 0"], table)
+
+
+def draw() -> None:
+    """A panel a game: what the kept policies score, with the interval over games; dashed: the human tester."""
+    results = read_results(FOLDER)
+    figure, axes = plt.subplots(1, len(results.tasks), figsize=(5 * len(results.tasks), 3.8), layout="constrained")
+    for axis, task in zip(np.atleast_1d(axes), results.tasks, strict=True):
+        for run in (run for run in results.runs if run.task == task):
+            steps, look = list(run.policies), {"color": COLOURS[run.algorithm]}
+            means, low, high = np.array([score(run, step) for step in steps]).T
+            axis.plot(
+                steps, means, LINES.get(run.algorithm, "-"), marker="o", ms=4, label=called(run.algorithm), **look
+            )
+            axis.fill_between(steps, low, high, alpha=0.15, linewidth=0, **look)
+            axis.axhline(read_known_scores()[run.game]["human"], color="0.4", lw=1, ls="--")
+        axis.set(title=task, xlabel="agent steps", ylabel="return in new games")
+        axis.legend(fontsize=8)
+    save_figure(figure, RESULTS / "long.png")
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m benchmark.studies.long", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the suite's folder in benchmark.run's results")
+    print(f"{collect(parser.parse_args(words).folder)} finished runs in {FOLDER}")
+    draw()
+    print(score_table(), loss_table(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

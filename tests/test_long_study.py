@@ -1,0 +1,58 @@
+"""The study of long runs: what it keeps of a run, and its tables by hand."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import deep_spi_ppo_atari
+import deepmdp_ppo_atari
+import ppo_baseline
+from benchmark.common import read_events, read_table
+from benchmark.studies import long
+
+SMALL = {"env_id": "Pong-v5", "total_timesteps": 4 * 8 * 20, "num_envs": 4, "num_steps": 8, "num_minibatches": 2}
+
+
+@pytest.fixture(autouse=True)
+def own_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(long, "FOLDER", tmp_path / "kept")
+    monkeypatch.setattr(long, "FILE", tmp_path / "long_losses.csv")
+    monkeypatch.setattr(long, "RESULTS", tmp_path)
+
+
+def finish(run_dir, games, on_the_way):
+    """What the launcher adds to a run: returns of the final policy, and of one on the way."""
+    (run_dir / "done.json").write_text(json.dumps({"steps": 640, "minutes": 1.0, "sps": 10.0}))
+    for name, first, returns in (("evaluation", [], games), ("policies", [320], on_the_way)):
+        with open(run_dir / f"{name}.csv", "w", newline="") as file:
+            head = ["global_step"] if first else []
+            csv.writer(file).writerows([[*head, "policy", "return", "length", "ended"]])
+            csv.writer(file).writerows([[*first, "sampled", value, 100, "True"] for value in returns])
+
+
+def test_runs_are_kept_with_their_losses_per_dimension(tmp_path):
+    folder = tmp_path / "runs" / "long"
+    scripts = {"ppo": ppo_baseline, "deep_spi": deep_spi_ppo_atari, "deepmdp": deepmdp_ppo_atari}
+    for name, script in scripts.items():
+        run_dir = folder / name / "Pong-v5" / "1"
+        script.train(script.Args(**SMALL, device="cpu", run_dir=str(run_dir)))
+        finish(run_dir, [-21, -19], [-20, -14])
+    for _ in range(2):
+        assert long.collect(folder) == 3
+        rows = read_table(long.FILE)
+        assert [(row["algorithm"], int(row["tenth"])) for row in rows] == [
+            (name, i) for name in ("deep_spi", "deepmdp") for i in range(1, 11)
+        ]
+    for name, size in (("deep_spi", 7 * 7 * 64), ("deepmdp", 1)):  # a sum over the latent, and a mean
+        logged = read_events(folder / name / "Pong-v5" / "1")["world_model/transition_loss_copy"][1].reshape(10, 2)
+        written = [float(row["transition_copy"]) for row in rows if row["algorithm"] == name]
+        np.testing.assert_allclose(written, np.median(logged, axis=1) / size, rtol=1e-4)
+    assert len(long.loss_table().splitlines()) == 4
+    lines = long.score_table().splitlines()[2:]
+    # Student's t with one degree of freedom: 12.706 x 1; the policy on the way is the better one
+    assert all("| -20.0 [-32.7, -7.3], 2 games | -17.0 [-55.1, 21.1] at 0.0 M |" in line for line in lines)
+    assert all(line.endswith("| -20.7 | 14.6 | 0.0 |") for line in lines) and len(lines) == 3
+    long.draw()
+    assert (tmp_path / "long.png").stat().st_size > 10_000
