@@ -20,16 +20,16 @@ control: .venv/.benchmark  ## PPO, additive, Deep SPI on the control tasks, 10 s
 	.venv/bin/python -m benchmark.run --suite control --algorithms ppo additive deep_spi --workers 2
 	.venv/bin/python -m benchmark.differences runs/benchmark/control
 
-figures: .venv/.benchmark  ## README's figures and tables, from the committed results
+figures: .venv/.benchmark  ## the documents' tables and pictures, from the committed results
 	.venv/bin/python -m benchmark.figures
 
-atari-200k: .venv/.train  ## the first 200,000 steps of README's Atari table (hours); finished runs are skipped
+atari-200k: .venv/.train  ## the first 200,000 steps of the Atari table in docs/results.md (hours); finished runs are skipped
 	for game in Pong-v5 Boxing-v5 Krull-v5; do for script in ppo_baseline deepmdp_ppo_atari deep_spi_ppo_atari; do \
 		.venv/bin/python $$script.py --env-id $$game --total-timesteps 200704 --precision fp32 \
 			--run-dir runs/atari_200k/$${game}__$$script || exit 1; done; done
 	.venv/bin/python -m benchmark.collect runs/atari_200k --out benchmark/results/atari_200k
 
-theory: .venv/.train  ## README's pictures of the theory
+theory: .venv/.train  ## the pictures of the theory
 	.venv/bin/python safe_policy_improvement.py --out-dir runs/theory
 	mkdir -p benchmark/results/theory && cp runs/theory/*.png benchmark/results/theory/
 

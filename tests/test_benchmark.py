@@ -11,6 +11,7 @@ from benchmark.launch import keep
 from benchmark.launch.plan import PlannedRun, settings_of
 from benchmark.launch.worker import find
 from benchmark.report import collect, figures, learning_curve
+from benchmark.report.runs import read_known_scores
 from benchmark.studies import pilot
 from benchmark.suites import ATARI5_GAMES, PILOT_GAMES
 
@@ -27,6 +28,20 @@ def test_the_five_games_are_those_that_the_pilot_shows_to_be_learned_earliest():
     rows = [row.split(" | ")[0].removeprefix("| ") for row in pilot.table().splitlines()[2:]]
     assert sorted(rows) == sorted(PILOT_GAMES)
     assert sorted(rows[:5]) == ATARI5_GAMES
+
+
+def test_the_authors_scores_come_to_what_sorting_them_gives():
+    """The IQM by hand: of sorted scores, a quarter (rounded down) is left out at either end."""
+    known = read_known_scores().values()
+    for line, games in zip(
+        pilot.authors_table().splitlines()[2:], (known, [g for g in known if g["published_ppo"] != 0]), strict=True
+    ):
+        scores = sorted((g["published_ppo"] - g["random"]) / (g["human"] - g["random"]) for g in games)
+        cut = len(scores) // 4
+        middle = scores[cut : len(scores) - cut]
+        gap = sum(max(0, 1 - x) for x in scores) / len(scores)
+        numbers = (sum(middle) / len(middle), scores[len(scores) // 2], sum(scores) / len(scores), gap)
+        assert line.endswith(f"| {len(scores)} | " + " | ".join(f"{x:.3f}" for x in numbers) + " |")
 
 
 def test_interval_is_students():

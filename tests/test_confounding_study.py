@@ -136,6 +136,15 @@ def test_differences_are_paired_by_seed():
     runs = {"deep_spi": {3: {"x": 1.0}, 1: {"x": 5.0}, 2: {"x": 0.0}}, "ppo": {1: {"x": 2.0}, 3: {"x": 7.0}}}
     assert confounding.differences(runs, "ppo", ["x"]).tolist() == [[3.0], [-6.0]]
     assert confounding.differences(runs, "additive", ["x"]).shape == (0, 1)
+    assert confounding.differences(runs, "deep_spi", ["x"], "ppo").tolist() == [[-3.0], [6.0]]
+    values = {"deep_spi": [(2.0, 5.0), (4.0, 7.0)], "ppo": [(1.0, 8.0), (3.0, 8.0)], "additive": [(0.0, 9.0)]}
+    runs = {
+        method: {seed: {confounding.PRIMARY: fall, "final_value": v} for seed, (fall, v) in enumerate(own)}
+        for method, own in values.items()
+    }
+    row = confounding.drawdown_table({"centre": runs}).splitlines()[2]
+    # half widths: 12.706 x 0 and 12.706 x 1
+    assert row.endswith("| 2.00, less in 0 of 1 | 1.00 [1.00, 1.00], less in 0 of 2 | -1.00 | -2.00 [-14.71, 10.71] |")
 
 
 def test_a_failed_run_is_said_and_not_averaged(made, folder, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """Differences of algorithms against scipy's own tests and against repetition."""
 
+import shutil
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -122,6 +124,18 @@ def test_any_suite_has_a_table_against_a_baseline(tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
         differences.main([str(tmp_path), "--baseline", "absent"])
     assert refused.value.code == 2 and "made_up_2" in capsys.readouterr().err
+
+
+def test_no_algorithm_is_left_out_where_a_protocol_has_tables_of_its_own(tmp_path, capsys):
+    make_suite(tmp_path, games=1, algorithms=4, seeds=2, steps=1_000_000)
+    for made_up, name in (("made_up_2", "additive"), ("made_up_3", "deep_spi")):
+        (tmp_path / made_up).rename(tmp_path / name)
+    differences.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "Deep SPI − additive" in printed and "| made_up_4 | 2 |" in printed
+    shutil.rmtree(tmp_path / "made_up_4")
+    differences.main([str(tmp_path)])
+    assert "less ppo" not in capsys.readouterr().out
 
 
 def test_no_difference_is_negative_zero():

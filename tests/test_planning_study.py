@@ -43,6 +43,25 @@ def test_longer_runs_have_every_seed_and_say_who_solves(own_file):
     assert line.startswith(start) and planning.longer_table().count("\n") == 2
 
 
+def test_horizons_are_compared_in_as_many_steps(own_file):
+    longer = {"suite": "planning-longer", "horizon": 8, "steps": 2000}
+    short = {"CartPole-v1": (1, 2, 3), "Acrobot-v1": (1, 2, 3), "LunarLander-v3": (90, 91, 92)}  # the last is not it
+    rows = [
+        row(task, 0.1, 15, seed, last_100=last + shift) | longer | {"arm": arm}
+        for task, own in short.items()
+        for arm, shift in {"dream_spi": 0, "dream_spi-h15": 4}.items()
+        for seed, last in enumerate(own, start=1)
+        if (task, arm) != ("LunarLander-v3", "dream_spi")
+    ]
+    control_rows = [row("LunarLander-v3", 0.1, 8, seed, last_100=80 + seed) for seed in (1, 2, 3)]
+    write(rows + [own | {"suite": "control", "arm": "dream_spi"} for own in control_rows])
+    cartpole, acrobot, lander = planning.horizons_table().splitlines()[2:]
+    # equal spreads: four degrees of freedom, 2.7764 √(2/3) = 2.267; t = 4 / √(2/3) has p 0.008
+    assert cartpole.startswith("| CartPole-v1 | 2,000 | 3, 3 | +4.0 [+1.7, +6.3], p 0.008 | ")
+    assert acrobot.removeprefix("| Acrobot-v1") == cartpole.removeprefix("| CartPole-v1")
+    assert lander.startswith("| LunarLander-v3 | 1,000 | 3, 3 | +13.0 [+10.7, +15.3], p 0.000 | ")
+
+
 def test_every_cell_is_planned_and_differs_only_by_clip_and_horizon():
     algorithms = SUITES["planning"].algorithms
     assert {tuple(a.flags.values()) for a in algorithms.values()} == {(c, h) for c in CLIPS for h in HORIZONS}

@@ -3,7 +3,8 @@
 A comparison is the difference of two means over seeds, with Welch's 95 % interval. What it could have seen is the
 difference that Welch's test at the 5 % level would find in 80 % of repetitions if the runs' spread were the true one,
 of which three runs give only a rough idea. Suites `control` and `early` have protocols (benchmark/studies) and tables
-of their own; of any other, every algorithm is compared with `--baseline` on each task.
+of their own, which any suite with their algorithms gets. With other algorithms too, or with `--baseline`, each is
+compared with the baseline on each task.
 """
 
 import argparse
@@ -12,6 +13,8 @@ from pathlib import Path
 from benchmark.common import markdown, mean_interval
 from benchmark.report.scores import FINAL, LAST, Scores, cell, difference, read_scores, visible_cell
 from benchmark.studies import control, early
+
+EARLY = [set(pair) for pair in early.COMPARISONS.values()]
 
 
 def tables(scores: Scores, baseline: str) -> str:
@@ -45,11 +48,12 @@ def main(words: list[str] | None = None) -> None:
     if given.baseline not in (None, *algorithms):
         parser.error(f"--baseline: got {given.baseline!r}; allowed: {', '.join(algorithms)}")
     baseline = given.baseline or ("ppo" if "ppo" in algorithms else next(iter(algorithms)))
-    if given.baseline:
-        print(tables(found, baseline))
-    elif all(set(control.PLACEMENTS.values()) <= algorithms.keys() for algorithms in found.values()):
-        print(f"{control.placement_score_table(found)}\n\n{control.placement_difference_table(found)}")
-    elif len(found) == 1 and sum(set(pair) <= algorithms.keys() for pair in early.COMPARISONS.values()) > 1:
-        print(f"{early.score_table(found)}\n\n{early.difference_table(found)}")
-    else:
+    known = set()  # the algorithms of the protocols' tables
+    if not given.baseline and all(set(control.PLACEMENTS.values()) <= own.keys() for own in found.values()):
+        known = set(control.PLACEMENTS.values())
+        print(f"{control.placement_score_table(found)}\n\n{control.placement_difference_table(found)}\n")
+    elif not given.baseline and len(found) == 1 and sum(p <= algorithms.keys() for p in EARLY) > 1:
+        known = set().union(*EARLY)
+        print(f"{early.score_table(found)}\n\n{early.difference_table(found)}\n")
+    if not algorithms.keys() <= known:
         print(tables(found, baseline))

@@ -250,10 +250,10 @@ def by_setting(finished: dict[tuple[str, ...], dict]) -> dict[str, Runs]:
     return groups
 
 
-def differences(runs: Runs, other: str, metrics: list[str]) -> np.ndarray:
-    """Deep SPI's metrics less those of the other method, paired by seed: (seeds that both have, metrics)."""
-    seeds = sorted(runs.get("deep_spi", {}).keys() & runs.get(other, {}).keys())
-    pairs = [[runs["deep_spi"][seed][m] - runs[other][seed][m] for m in metrics] for seed in seeds]
+def differences(runs: Runs, other: str, metrics: list[str], method: str = "deep_spi") -> np.ndarray:
+    """A method's metrics less those of another, paired by seed: (seeds that both have, metrics)."""
+    seeds = sorted(runs.get(method, {}).keys() & runs.get(other, {}).keys())
+    pairs = [[runs[method][seed][m] - runs[other][seed][m] for m in metrics] for seed in seeds]
     return np.array(pairs).reshape(-1, len(metrics))
 
 
@@ -290,8 +290,9 @@ def summary(groups: dict[str, Runs]) -> str:
 
 
 def drawdown_table(groups: dict[str, Runs]) -> str:
-    """Markdown: largest drawdown with its interval and final V, by setting; paired differences."""
+    """Markdown: largest drawdown with its interval and final V, by setting; paired differences, also of the final V."""
     header = ["setting", "seeds", *(cg.METHODS[m] for m in cg.METHODS), "Deep SPI − additive", "Deep SPI − PPO"]
+    header += ["additive − PPO", "final V, Deep SPI − PPO"]
     rows = []
     for setting, runs in groups.items():
         falls = [
@@ -303,7 +304,8 @@ def drawdown_table(groups: dict[str, Runs]) -> str:
         paired = [differences(runs, other, [PRIMARY])[:, 0] for other in ("additive", "ppo")]
         seeds = str(min(len(runs.get(m, {})) for m in cg.METHODS))
         compared = [f"{cell(x)}, less in {(x < 0).sum()} of {len(x)}" if len(x) else "" for x in paired]
-        rows.append([setting, seeds, *falls, *compared])
+        others = (differences(runs, "ppo", *of)[:, 0] for of in (([PRIMARY], "additive"), (["final_value"],)))
+        rows.append([setting, seeds, *falls, *compared, *(cell(x) if len(x) else "" for x in others)])
     return markdown(header, rows)
 
 

@@ -30,7 +30,7 @@ from benchmark.common import (
 )
 from benchmark.report.pictures import COLOURS as METHOD_COLOURS
 from benchmark.report.pictures import LINES, called, save_figure
-from benchmark.report.scores import LAST, cell, difference, read_scores, welch
+from benchmark.report.scores import LAST, cell, difference, read_scores, visible_cell, welch
 from benchmark.studies import control
 from benchmark.suites import CLIPS, CONTROL_STEPS, HORIZONS, RANDOM_PLAYER, SOLVED_AT, SUITES
 
@@ -201,6 +201,20 @@ def longer_table() -> str:
         table.append([*key, mean, ", ".join(f"{value:z.0f}" for value in last), solved, *numbers, losses])
     header = ["task", "H", "steps", "solved if", "last 100 games", "each seed", "solve it", "fall"]
     return markdown([*header, "error of the imagined return", "ℓ_R", "ℓ_P; no change"], table)
+
+
+def horizons_table() -> str:
+    """Markdown: the last 100 games with horizon 15 less those with 8, in as many steps, by Welch's test."""
+    found, table = runs("planning-longer"), []
+    for task in (task.env_id for task in SUITES["planning-longer"].tasks):
+        short = found[task, "dream_spi"] or runs("control")[task, "dream_spi"]
+        a, b = (column(rows, "last_100") for rows in (found[task, "dream_spi-h15"], short))
+        p, steps = welch(a, b).pvalue, int(next(iter(short.values()))["steps"])
+        seen = visible_cell(a, b, "z.1f")
+        table.append(
+            [task, f"{steps:,}", f"{len(a)}, {len(b)}", f"{cell(*difference(a, b), '+z.1f')}, p {p:.3f}", seen]
+        )
+    return markdown(["task", "steps", "seeds", "H 15 − H 8 [95 % interval]", "could have seen"], table)
 
 
 def published_table() -> str:
