@@ -44,6 +44,11 @@ def test_readme_takes_five_minutes():
 
 
 @GUIDES
+def test_lines_fit_but_for_tables(name):
+    assert not [line for line in TEXTS[name].splitlines() if len(line) > 120 and not line.startswith("|")]
+
+
+@GUIDES
 def test_links_and_pictures_exist(name):
     folder = (ROOT / name).parent
     links = re.findall(r"\]\(([^)]+)\)", TEXTS[name])
