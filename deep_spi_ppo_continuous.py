@@ -5,8 +5,8 @@
 # ///
 """Deep SPI with continuous actions: safe policy improvement via world models (Delgrange, Avalos, Röpke, ICLR 2026).
 
-    python deep_spi_ppo_continuous.py --total-timesteps 500000    # Hopper-v4: a return of about 2,100 (one seed)
-    python deep_spi_ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 200704    # about -230; PPO -175 (one seed)
+    python deep_spi_ppo_continuous.py                                 # Hopper-v4, 25 minutes: docs/results.md
+    python deep_spi_ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 200704
 
 A policy π = π̄∘φ acts on a learned latent z = φ(s). A world model (R̄, P̄) is learned on φ beside it, and its losses
 stand inside PPO's clipped objective, where the advantage stood alone. That is the whole method:
@@ -21,8 +21,9 @@ stand inside PPO's clipped objective, where the advantage stood alone. That is t
 The clip stops the pull of the advantage at the edge of the neighbourhood. The losses go on pulling φ, reweighted by r
 or by 1 ± ε; and what the model cannot predict has less utility. For any EnvPool environment whose actions are a box and
 whose observations are an array of floats. Diff me against `deep_spi_ppo.py`, the same algorithm with discrete actions.
-With both coefficients 0 this is PPO in CleanRL's form: a normal policy of one deviation for all states, a critic with
-layers of its own, observations and rewards normalised.
+With both coefficients 0 this is PPO with CleanRL's networks and most of its settings: a normal policy of one deviation
+for all states, a critic with layers of its own, observations and rewards normalised (here once an iteration, over all
+environments). The value loss is not clipped, and time limits are bootstrapped.
 """
 
 import difflib
@@ -108,7 +109,8 @@ class Args:
         self.check("chunk_length", self.num_steps % self.chunk_length == 0, f"must divide num_steps = {self.num_steps}")
         self.check("num_minibatches", chunks % self.num_minibatches == 0, f"must divide the rollout's {chunks} chunks")
         self.check("device", self.device != "cuda" or torch.cuda.is_available(), "this machine has no CUDA device")
-        self.check("track", not self.track or importlib.util.find_spec("wandb"), "needs wandb: pip install wandb")
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # its log folder wandb/ has none
+        self.check("track", not self.track or has_wandb, "needs wandb: pip install wandb")
         known = envpool.list_all_envs()
         closest = ", ".join(difflib.get_close_matches(self.env_id, known, cutoff=0.3))
         self.check("env_id", self.env_id in known, f"no such environment of EnvPool; closest: {closest or 'none'}")
@@ -130,7 +132,7 @@ def what_is_wrong(env_id: str) -> str:
     warnings.filterwarnings("ignore", ".*precision lowered by casting")  # EnvPool's own spaces set it off
     try:
         spec = envpool.make_spec(env_id)
-    except ImportError as error:  # Procgen needs system libraries
+    except (ImportError, RuntimeError) as error:  # Procgen needs system libraries, VizdoomCustom a file
         return str(error)
     actions, observations = spec.action_space, spec.observation_space
     if not isinstance(actions, gym.spaces.Box):
@@ -318,7 +320,7 @@ class Normalizer(nn.Module):
     """The first part of φ: observations less their running mean, over their running deviation, clipped to ±10.
 
     It moves between rollouts only, so that an update starts from the policy that played. That move is outside the clip
-    of the objective; it fades as 1 / iterations. In the first rollout observations are as they are. Dummy rows do not
+    of the objective; it fades as 1 / iterations. In the first rollout observations are only clipped. Dummy rows do not
     count.
     """
 

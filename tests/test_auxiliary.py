@@ -605,6 +605,56 @@ def test_coefficient_0_is_the_baseline_to_the_last_bit(script, monkeypatch, tmp_
     assert not torch.equal(on["encoder.0.weight"], checkpoint(tmp_path / "ours")["agent"]["encoder.0.weight"])
 
 
+@BOTH
+@pytest.mark.parametrize("chunk_length", [4, 8])
+def test_chunks_are_what_happened_up_to_the_frame_after_them(script, chunk_length, monkeypatch, tmp_path):
+    """A frame stands before its action, the last one is what came after the chunk; each iteration has new noise."""
+    games, step, compute_loss, played, losses = [], script.Games.step, script.compute_loss, [], []
+
+    def recorded_step(self, actions):
+        made = step(self, actions)
+        played.append((actions.clone(), *(x.clone() for x in made[:2])))
+        return made
+
+    def recorded_reset(self):
+        games.append(reset(self))
+        return games[-1].clone()
+
+    def recorded_loss(agent, batch, args, noise, *others):
+        losses.append((batch, noise.initial_seed()))
+        return compute_loss(agent, batch, args, noise, *others)
+
+    reset = script.Games.reset
+    monkeypatch.setattr(script.Games, "step", recorded_step)
+    monkeypatch.setattr(script.Games, "reset", recorded_reset)
+    monkeypatch.setattr(script, "compute_loss", recorded_loss)
+    T, N, iterations = 8, 2, 3
+    args = small_args(
+        script, tmp_path / "run", iterations, chunk_length=chunk_length, noop_max=30, env_id="Breakout-v5"
+    )
+    script.train(args)
+    actions, frames, rewards = (torch.stack(column) for column in zip(*played, strict=True))
+    frames = torch.cat((games[0][None], frames))  # (T · iterations + 1, N, ...)
+    minibatches, seen = len(losses) // iterations, set()
+    for k, (batch, seed) in enumerate(losses):
+        start = k // minibatches * T
+        others = [other for j, (_, other) in enumerate(losses) if j // minibatches != k // minibatches]
+        assert seed not in others
+        for chunk, obs in enumerate(batch.obs):
+            starts = [(t, n) for t in range(start, start + T, chunk_length) for n in range(N)]
+            own = slice(chunk * chunk_length, (chunk + 1) * chunk_length)
+            found = [
+                (t, n)
+                for t, n in starts
+                if torch.equal(obs, frames[t : t + chunk_length + 1, n])
+                and torch.equal(batch.actions[own], actions[t : t + chunk_length, n])
+                and torch.equal(batch.rewards[own], rewards[t : t + chunk_length, n])
+            ]
+            assert len(found) == 1
+            seen |= set(found)
+    assert len(seen) == T * iterations * N // chunk_length
+
+
 @pytest.mark.parametrize("augmentation, rate", [(True, 1.0), (False, 0.01)])
 def test_the_target_follows_after_each_step_of_the_optimizer(augmentation, rate, monkeypatch, tmp_path):
     """From the agent's own start on; and it is in the checkpoint."""
