@@ -65,8 +65,11 @@ AUXILIARY = {
     "deepmdp": ATARI["deepmdp"],  # beside the clip, as published; in the utility it would be deep_spi
     "deep_spi": ATARI["deep_spi"],
     "additive": Algorithm("deep_spi_ppo_atari.py", {"loss_placement": "additive"}),
+    # SPR and DBC also change φ: their own networks without the loss are what tells the loss's part.
+    "spr-none": Algorithm("spr_ppo_atari.py", {"spr_loss_coef": 0.0}),
     "spr": Algorithm("spr_ppo_atari.py"),
     "spr-utility": Algorithm("spr_ppo_atari.py", {"loss_placement": "utility"}),
+    "dbc-none": Algorithm("dbc_ppo_atari.py", {"dbc_loss_coef": 0.0}),
     "dbc": Algorithm("dbc_ppo_atari.py"),
     "dbc-utility": Algorithm("dbc_ppo_atari.py", {"loss_placement": "utility"}),
 }

@@ -29,6 +29,8 @@ NAMES = {
     "dbc": "DBC",
     "spr-utility": "SPR, in the utility",
     "dbc-utility": "DBC, in the utility",
+    "spr-none": "SPR's network, no loss",
+    "dbc-none": "DBC's network, no loss",
 }
 COLOURS = {
     "ppo": "#0072B2",
@@ -44,6 +46,8 @@ COLOURS = {
     "dbc": "#117733",
     "spr-utility": "#88CCEE",
     "dbc-utility": "#DDCC77",
+    "spr-none": "#AA4499",
+    "dbc-none": "#999933",
 }
 OTHER_COLOURS = ("#A0522D", "#A5AA99", "#80BA5A", "#8B4513", "#4B4B8F", "#C0A000", "#E68310", "#3969AC")
 LINES = {"additive": "-.", "deep_spi": "--", "sb3": ":", "ppo-fp32": "--", "deep_spi-chunk-1": ":", "dream_spi": ":"}
