@@ -119,6 +119,16 @@ CORRIDORS = {
     "learned-dummies": Algorithm("benchmark/peers/deep_spi_corridors.py", {"learned_dummies": True}),
 }
 
+# Where is the figure, if not there? One change or two, as flags (PROTOCOL.md).
+CORRIDORS_SEARCH = {
+    **{f"eps{epsilon:g}": {"epsilon": epsilon} for epsilon in (0.1, 0.05, 0.02, 0.01)},
+    **{f"n{n}": {"n_path": n} for n in (10, 20)},
+    **{f"n{n}-eps{eps:g}": {"n_path": n, "epsilon": eps} for n, eps in ((10, 0.05), (20, 0.05), (20, 0.01))},
+    "lr0.001": {"learning_rate": 1e-3},
+    "lr0.001-clip0.4": {"learning_rate": 1e-3, "clip_coef": 0.4},
+    "no-entropy": {"ent_coef": 0.0},
+}
+
 LONG = {name: AUXILIARY[name] for name in ("ppo", "deep_spi", "additive", "deepmdp")}
 
 ABLATION = {
@@ -247,6 +257,12 @@ SUITES = {
     "auxiliary": Suite(AUXILIARY, [Task("Krull-v5", 300_000), *LONG_TASKS], seeds=3),
     "mujoco": Suite(CONTINUOUS, [Task(f"{name}-v4", 1_000_000) for name in MUJOCO], seeds=5),
     "corridors": Suite(CORRIDORS, [Task("Corridors-v0", 200_000)], seeds=10, evaluate=0),
+    "corridors-search": Suite(
+        {name: CORRIDORS[name] for name in ("ppo", "deep_spi")},
+        [Task("Corridors-v0", 102_400, flags, variant) for variant, flags in CORRIDORS_SEARCH.items()],
+        seeds=2,
+        evaluate=0,
+    ),
     "ablation": Suite(ABLATION, atari_tasks(ATARI5_GAMES), seeds=5),
 }
 

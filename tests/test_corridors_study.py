@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 
+import confounding_gridworld
 from benchmark.common import read_events, read_table
 from benchmark.peers import deep_spi_corridors as peer
 from benchmark.studies import corridors
@@ -76,5 +77,32 @@ def test_tables_have_students_and_welchs_intervals():
     assert float(row[3]) > 2.27
 
 
-def test_arms_are_those_of_the_suite():
+def test_the_search_is_scaled_between_always_right_and_the_best():
+    found = [
+        {"suite": "corridors-search", "arm": arm, "task": "Corridors-v0-eps0.1", "seed": seed, "distance": 0.012}
+        | {"value": value}
+        for arm, values in {"ppo": (4.8035, 6.5), "deep_spi": (8.0,)}.items()
+        for seed, value in enumerate(values, 1)
+    ]
+    with open(corridors.FILE, "w", newline="") as file:
+        writer = csv.DictWriter(file, found[0])
+        writer.writeheader()
+        writer.writerows(found)
+    (row,) = rows(corridors.search_table())  # a setting without a run has no row
+    assert (
+        row[:2] == ["`--epsilon 0.1`", "4.80"] and row[3].startswith("4.80 (0.00), 6.50 (") and row[4] == "0.012, 0.012"
+    )
+    # by hand: UP at the top '!', RIGHT everywhere else
+    world = confounding_gridworld.make_gridworld(5, 0.1, 0.99)
+    policy = np.eye(4)[np.full(len(world.coords), confounding_gridworld.RIGHT)]
+    policy[world.critical[0]] = np.eye(4)[confounding_gridworld.UP]
+    best = confounding_gridworld.value(world.P, world.R, policy, 0.99)[world.start]
+    assert float(row[2]) == pytest.approx(best, abs=0.005)
+    assert float(row[5].split("(")[1][:4]) == pytest.approx((8.0 - 4.8035) / (best - 4.8035), abs=0.005)
+
+
+def test_arms_and_settings_are_those_of_the_protocol():
     assert list(corridors.ARMS) == list(SUITES["corridors"].algorithms)
+    search = SUITES["corridors-search"]
+    assert len({task.label for task in search.tasks}) == 12 and search.seeds == 2
+    assert {name: SUITES["corridors"].algorithms[name] for name in search.algorithms} == search.algorithms

@@ -24,9 +24,11 @@ from benchmark.common import (
     read_table,
     settings_text,
 )
+from benchmark.peers.deep_spi_corridors import Args
 from benchmark.report.pictures import COLOURS, LINES, save_figure
 from benchmark.report.scores import cell, difference, visible_cell
-from confounding_gridworld import largest_drawdown
+from benchmark.suites import SUITES
+from confounding_gridworld import RIGHT, largest_drawdown, make_gridworld, value
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -139,6 +141,37 @@ def difference_table() -> str:
     return markdown(["comparison", "seeds", "V", "could have seen", "distance", "could have seen"], rows)
 
 
+def search_table() -> str:
+    """Markdown: V of the last tenth in each setting of the search, as it is, and scaled: always RIGHT 0, the best 1."""
+    rows = []
+    for task in SUITES["corridors-search"].tasks:
+        args = Args(**task.flags)
+        low, high = reference_values(args.n_path, args.epsilon, args.gamma)
+        cells = []
+        for arm in SUITES["corridors-search"].algorithms:
+            values, distances = (column("corridors-search", task.label, arm, name) for name in OUTCOMES)
+            each = [f"{V:.2f} ({(V - low) / (high - low):z.2f})" for V in values]
+            cells += [", ".join(each), ", ".join(f"{distance:.2g}" for distance in distances)]
+        if any(cells):
+            changes = ", ".join(f"`--{name.replace('_', '-')} {flag:g}`" for name, flag in task.flags.items())
+            rows.append([changes, f"{low:.2f}", f"{high:.2f}", *cells])
+    header = ["setting", "V of always RIGHT", "best V", "PPO: V (scaled)", "distance"]
+    return markdown([*header, "Deep SPI: V (scaled)", "distance"], rows)
+
+
+def reference_values(n_path: int, epsilon: float, gamma: float) -> tuple[float, float]:
+    """V of the initial cell of the policy that always goes RIGHT, and of the best one."""
+    world = make_gridworld(n_path, epsilon, gamma)
+    always = np.eye(4)[np.full(len(world.coords), RIGHT)]
+    best = always
+    while True:  # policy iteration
+        V = value(world.P, world.R, best, gamma)
+        improved = np.eye(4)[(world.R + gamma * world.P @ V).argmax(1)]
+        if np.allclose(value(world.P, world.R, improved, gamma), V):
+            return value(world.P, world.R, always, gamma)[world.start], V[world.start]
+        best = improved
+
+
 def draw() -> None:
     """Value and distance over training: each arm's mean over seeds, and its 95 % interval."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -169,7 +202,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the results folder of benchmark.run")
     print(f"{collect(parser.parse_args(words).folder)} finished runs in {FILE}")
     draw()
-    print(table(), difference_table(), sep="\n\n")
+    print(table(), difference_table(), search_table(), sep="\n\n")
 
 
 if __name__ == "__main__":
