@@ -1,9 +1,11 @@
 """The study of the paper's figure 4: what it reads of a run, and its tables by hand."""
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
+import torch
 
 import confounding_gridworld
 from benchmark.common import read_events, read_table
@@ -24,7 +26,7 @@ def write(**arms):
     losses = dict.fromkeys(corridors.LOSSES, "0.5")
     rows = [
         {"suite": "corridors", "arm": arm.replace("_norm", "-norm"), "task": "Corridors-v0", "seed": seed}
-        | {"value": value, "distance": value / 100, "drawdown": 1.0}
+        | {"value": value, "distance": value / 100, "drawdown": 1.0, "relative_distance": 0.5}
         | (dict.fromkeys(losses, "") if arm == "ppo" else losses)
         for arm, values in arms.items()
         for seed, value in enumerate(values, 1)
@@ -56,6 +58,16 @@ def test_a_run_gives_medians_of_its_last_tenth_and_replaces_its_older_row(tmp_pa
     for name, metric in (corridors.OUTCOMES | corridors.LOSSES).items():
         assert float(row[name]) == pytest.approx(np.median(logged[metric][-3:]), rel=1e-4)  # of thirty iterations
     values = logged["corridors/value"]
+    agent = peer.Agent(4, 5)
+    agent.load_state_dict(torch.load(run_dir / "agent.pt", weights_only=True))
+    world = confounding_gridworld.make_gridworld(5, 0.2, 0.99)
+    with torch.no_grad():
+        z = agent.encode(torch.from_numpy(peer.Games(peer.Args(num_envs=8)).frames)).flatten(1)
+    apart = [(z[i] - z[j]).norm().item() for i, j in itertools.combinations(np.flatnonzero(~world.is_terminal), 2)]
+    top, bottom = world.critical
+    assert float(row["relative_distance"]) == pytest.approx(
+        (z[top] - z[bottom]).norm().item() / np.mean(apart), rel=1e-3
+    )
     falls = [values[i] - values[j] for i in range(30) for j in range(i, 30)]
     assert float(row["drawdown"]) == pytest.approx(max(falls), abs=1e-4)
     curve = read_table(corridors.CURVES)
@@ -68,7 +80,19 @@ def test_tables_have_students_and_welchs_intervals():
     write(ppo=[7, 8, 9], deep_spi=[4, 5, 6], additive=[5])
     ppo, additive, deep_spi = rows(corridors.table())
     # Student's t with two degrees of freedom: 4.3027 / √3 = 2.484
-    assert ppo == ["PPO", "3", "4.8", "8.00 [5.52, 10.48]", "7.00", "→ 0", "0.080 [0.055, 0.105]", "1.00", "", ""]
+    assert ppo == [
+        "PPO",
+        "3",
+        "4.8",
+        "8.00 [5.52, 10.48]",
+        "7.00",
+        "→ 0",
+        "0.080 [0.055, 0.105]",
+        "0.50",
+        "1.00",
+        "",
+        "",
+    ]
     assert additive[:5] == ["additive", "1", "", "5.00", "5.00"] and additive[-2:] == ["0.5 : 0.5"] * 2
     assert deep_spi[2] == "8.01"
     (row,) = rows(corridors.difference_table())  # of additive there is one seed

@@ -15,6 +15,7 @@ from benchmark.studies import (
     confounding,
     confounding_mechanism,
     control,
+    corridors,
     early,
     every_game,
     mujoco,
@@ -66,6 +67,9 @@ TABLES = {
     "speed": lambda: throughput.speed_table(RESULTS),
     "confounding": lambda: confounding.drawdown_table(confounding.by_setting(confounding.read_runs())),
     "mechanism": lambda: confounding_mechanism.table(confounding.FOLDER),
+    "corridors": corridors.table,
+    "corridors_differences": corridors.difference_table,
+    "corridors_search": corridors.search_table,
     "early_scores": lambda: early.score_table(read_scores(early.FOLDER)),
     "early_differences": lambda: early.difference_table(read_scores(early.FOLDER)),
     "every_game": every_game.table,
@@ -101,6 +105,7 @@ def main() -> None:
         document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
     clip.draw()
     control.draw()
+    corridors.draw()
     throughput.draw(RESULTS)
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
     confounding_mechanism.draw(confounding.FOLDER)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 
 from benchmark.common import (
     CURVE_PARTS,
@@ -24,14 +25,15 @@ from benchmark.common import (
     read_table,
     settings_text,
 )
-from benchmark.peers.deep_spi_corridors import Args
+from benchmark.peers.deep_spi_corridors import Agent, Args
 from benchmark.report.pictures import COLOURS, LINES, save_figure
 from benchmark.report.scores import cell, difference, visible_cell
 from benchmark.suites import SUITES
-from confounding_gridworld import RIGHT, largest_drawdown, make_gridworld, value
+from confounding_gridworld import RIGHT, critical_distance, largest_drawdown, make_gridworld, value
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 FILE, CURVES = RESULTS / "corridors.csv", RESULTS / "corridors_curves.csv"
 STUDY = ("corridors", "corridors-search")
@@ -65,12 +67,23 @@ def rows_of(suite: str, run_dir: Path) -> tuple[dict, list[dict]]:
         for column, metric in (OUTCOMES | LOSSES).items()
     }
     row = key | {"steps": int(steps[-1])} | last | {"drawdown": f"{largest_drawdown(values):.6g}"}
+    row["relative_distance"] = f"{relative_distance(run_dir, args['n_path'], args['epsilon'], args['gamma']):.6g}"
     curves = [parts(*events[metric], steps[-1], CURVE_PARTS) for metric in OUTCOMES.values()]
     curve = [
         key | {"step": step} | {column: f"{value:.6g}" for column, value in zip(OUTCOMES, (a, b), strict=True)}
         for (step, a), (_, b) in zip(*curves, strict=True)
     ]
     return row | circumstances(config) | {"settings": settings_text(args)}, curve
+
+
+def relative_distance(run_dir: Path, n_path: int, epsilon: float, gamma: float) -> float:
+    """φ's distance at the two '!' over the mean distance of two states, with the final weights: free of φ's scale."""
+    agent = Agent(4, n_path)
+    agent.load_state_dict(torch.load(run_dir / "agent.pt", map_location="cpu", weights_only=True))
+    frames = torch.zeros(len(agent.pictures), 84, 84, 4, dtype=torch.uint8)
+    frames[..., 1] = torch.arange(len(frames))[:, None, None]  # which picture
+    with torch.no_grad():
+        return critical_distance(agent.encode(frames).flatten(1), make_gridworld(n_path, epsilon, gamma))
 
 
 def collect(folder: Path) -> int:
@@ -118,13 +131,15 @@ def table() -> str:
         if not len(value):
             continue
         row = [name, str(len(value)), str(paper[0]), with_interval(value, ".2f"), f"{value.min():.2f}", paper[1]]
-        row += [with_interval(of_figure(arm, "distance"), ".3f"), with_interval(of_figure(arm, "drawdown"), ".2f")]
+        distances = of_figure(arm, "distance"), of_figure(arm, "relative_distance")
+        row += [with_interval(distances[0], ".3f"), with_interval(distances[1], ".2f")]
+        row.append(with_interval(of_figure(arm, "drawdown"), ".2f"))
         pairs = ("transition_mean", "transition_copy"), ("reward", "reward_zero")
         losses = [[of_figure(arm, each) for each in pair] for pair in pairs]
         row += [f"{a.mean():.2g} : {b.mean():.2g}" if len(a) else "" for a, b in losses]
         rows.append(row)
-    header = ["arm", "seeds", "V, paper", "V here", "least V", "distance, paper", "distance here", "deepest fall of V"]
-    return markdown([*header, "ℓ_P : copying", "ℓ_R : always 0"], rows)
+    header = ["arm", "seeds", "V, paper", "V here", "least V", "distance, paper", "distance here", "relative"]
+    return markdown([*header, "deepest fall of V", "ℓ_P : copying", "ℓ_R : always 0"], rows)
 
 
 def difference_table() -> str:
@@ -156,7 +171,7 @@ def search_table() -> str:
             changes = ", ".join(f"`--{name.replace('_', '-')} {flag:g}`" for name, flag in task.flags.items())
             rows.append([changes, f"{low:.2f}", f"{high:.2f}", *cells])
     header = ["setting", "V of always RIGHT", "best V", "PPO: V (scaled)", "distance"]
-    return markdown([*header, "Deep SPI: V (scaled)", "distance"], rows)
+    return markdown([*header, "Deep SPI: V (scaled)", "distance"], rows) if rows else "None yet."
 
 
 def reference_values(n_path: int, epsilon: float, gamma: float) -> tuple[float, float]:
@@ -188,6 +203,7 @@ def draw() -> None:
             axis.plot(steps, curve.mean(0), LINES.get(arm, "-"), color=LOOK[arm], label=called)
             if len(seeds) > 1:
                 axis.fill_between(steps, *mean_interval(curve), color=LOOK[arm], alpha=0.15, linewidth=0)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k
     for level in (4.8, 8.01):  # of always RIGHT, and of the best policy: what the paper has of PPO, and of Deep SPI
         axes[0].axhline(level, color="0.4", lw=1, ls="--")
     axes[0].set(xlabel="agent steps", ylabel="V of the initial cell")

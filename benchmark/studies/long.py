@@ -22,6 +22,7 @@ from benchmark.studies.transition import LOSSES, TENTHS, tenths
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 FOLDER, FILE = RESULTS / "suites" / "long", RESULTS / "long_losses.csv"
 LATENT_SIZE = 7 * 7 * 64
@@ -116,6 +117,7 @@ def draw() -> None:
             axis.fill_between(steps, low, high, alpha=0.15, linewidth=0, **look)
             axis.axhline(read_known_scores()[run.game]["human"], color="0.4", lw=1, ls="--")
         axis.set(title=task, xlabel="agent steps", ylabel="return in new games")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M
         axis.legend(fontsize=8)
     save_figure(figure, RESULTS / "long.png")
 
