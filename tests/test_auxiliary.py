@@ -628,7 +628,7 @@ def test_chunks_are_what_happened_up_to_the_frame_after_them(script, chunk_lengt
     monkeypatch.setattr(script.Games, "step", recorded_step)
     monkeypatch.setattr(script.Games, "reset", recorded_reset)
     monkeypatch.setattr(script, "compute_loss", recorded_loss)
-    T, N, iterations = 8, 2, 3
+    T, N, iterations = 8, 2, 2
     args = small_args(
         script, tmp_path / "run", iterations, chunk_length=chunk_length, noop_max=30, env_id="Breakout-v5"
     )

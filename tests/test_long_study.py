@@ -12,7 +12,8 @@ import ppo_baseline
 from benchmark.common import read_events, read_table
 from benchmark.studies import long
 
-SMALL = {"env_id": "Pong-v5", "total_timesteps": 4 * 8 * 20, "num_envs": 4, "num_steps": 8, "num_minibatches": 2}
+SMALL = {"env_id": "Pong-v5", "total_timesteps": 2 * 8 * 20, "num_envs": 2, "num_steps": 8, "num_minibatches": 1}
+SMALL |= {"update_epochs": 1, "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +25,8 @@ def own_files(tmp_path, monkeypatch):
 
 def finish(run_dir, games, on_the_way):
     """What the launcher adds to a run: returns of the final policy, and of one on the way."""
-    (run_dir / "done.json").write_text(json.dumps({"steps": 640, "minutes": 1.0, "sps": 10.0}))
-    for name, first, returns in (("evaluation", [], games), ("policies", [320], on_the_way)):
+    (run_dir / "done.json").write_text(json.dumps({"steps": 320, "minutes": 1.0, "sps": 10.0}))
+    for name, first, returns in (("evaluation", [], games), ("policies", [160], on_the_way)):
         with open(run_dir / f"{name}.csv", "w", newline="") as file:
             head = ["global_step"] if first else []
             csv.writer(file).writerows([[*head, "policy", "return", "length", "ended"]])
@@ -37,7 +38,7 @@ def test_runs_are_kept_with_their_losses_per_dimension(tmp_path):
     scripts = {"ppo": ppo_baseline, "deep_spi": deep_spi_ppo_atari, "deepmdp": deepmdp_ppo_atari}
     for name, script in scripts.items():
         run_dir = folder / name / "Pong-v5" / "1"
-        script.train(script.Args(**SMALL, device="cpu", run_dir=str(run_dir)))
+        script.train(script.Args(**SMALL, run_dir=str(run_dir)))
         finish(run_dir, [-21, -19], [-20, -14])
     for _ in range(2):
         assert long.collect(folder) == 3
