@@ -94,7 +94,7 @@ def test_tables_have_students_and_welchs_intervals():
     assert deep_spi[2] == "8.01"
     (row,) = rows(corridors.difference_table())  # of additive there is one seed
     # equal spreads: four degrees of freedom, 2.7764 √(2/3) = 2.267
-    assert row[:3] == ["Deep SPI − PPO", "3, 3", "-3.00 [-5.27, -0.73]"] and row[4] == "-0.030 [-0.053, -0.007]"
+    assert row[:3] == ["Deep SPI − PPO", "3, 3", "-3.000 [-5.267, -0.733]"] and row[4] == "-0.030 [-0.053, -0.007]"
     assert float(row[3]) > 2.27
 
 

@@ -147,10 +147,10 @@ def difference_table() -> str:
     rows = []
     for arm in (arm for arm in ARMS if arm != "deep_spi"):
         row = []
-        for name, form in ("value", "+z.2f"), ("distance", "+z.3f"):
+        for name in OUTCOMES:
             a, b = of_figure("deep_spi", name), of_figure(arm, name)
             if min(len(a), len(b)) > 1:
-                row += [cell(*difference(a, b), form), visible_cell(a, b, form.replace("+", ""))]
+                row += [cell(*difference(a, b), "+z.3f"), visible_cell(a, b, "z.3f")]
         if row:
             rows.append([f"Deep SPI − {ARMS[arm].removeprefix('Deep SPI, ')}", f"{len(a)}, {len(b)}", *row])
     return markdown(["comparison", "seeds", "V", "could have seen", "distance", "could have seen"], rows)
