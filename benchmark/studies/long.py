@@ -100,7 +100,8 @@ def loss_table() -> str:
         [task.removesuffix("-v5"), called(algorithm), seed, *(f"{a} → {b}" for a, b in zip(*cells, strict=True))]
         for (algorithm, task, seed), cells in sorted(rows.items(), key=lambda item: item[0][1:])
     ]
-    return markdown(["game", "algorithm", "seed", "ℓ_P of P̄'s mean : copying", "ℓ_R : always 0"], table)
+    header = ["game", "algorithm", "seed", "ℓ_P of P̄'s mean : copying", "ℓ_R : always 0"]
+    return markdown(header, table) if table else "None yet."
 
 
 def draw() -> None:
