@@ -18,6 +18,7 @@ from benchmark.studies import (
     corridors,
     early,
     every_game,
+    long,
     mujoco,
     pilot,
     placements,
@@ -73,6 +74,8 @@ TABLES = {
     "early_scores": lambda: early.score_table(read_scores(early.FOLDER)),
     "early_differences": lambda: early.difference_table(read_scores(early.FOLDER)),
     "every_game": every_game.table,
+    "long_scores": long.score_table,
+    "long_losses": long.loss_table,
     "mujoco_scores": lambda: mujoco.score_table(read_scores(mujoco.FOLDER)),
     "mujoco_differences": lambda: mujoco.difference_table(read_scores(mujoco.FOLDER)),
     "pilot": pilot.table,
@@ -106,6 +109,7 @@ def main() -> None:
     clip.draw()
     control.draw()
     corridors.draw()
+    long.draw()
     throughput.draw(RESULTS)
     confounding.draw_pictures(confounding.by_setting(confounding.read_runs()))
     confounding_mechanism.draw(confounding.FOLDER)
