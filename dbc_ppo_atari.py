@@ -18,8 +18,8 @@
 SAC, off the policy. The port to PPO is ours: games, sampling and settings of its siblings, but φ ends in DBC's own
 bottleneck. Of such losses the talk on Deep SPI (Delgrange, Avalos and Röpke, ICLR 2026) says: "Let's just add L_R, L_P
 to the loss? No, we can't!" `--loss-placement` asks that of this one. Diff me against `deep_spi_ppo_atari.py`. With
-coefficient 0 this is `ppo_baseline.py` with the bottleneck, to the last bit on a CPU in float32: what the losses do.
-Cost: see docs/speed.md.
+coefficient 0 this is `ppo_baseline.py` with the bottleneck, to the last bit on a CPU in float32: compare with that to
+see what the losses alone do. Cost: see docs/speed.md.
 """
 
 import ctypes
@@ -284,9 +284,8 @@ def transition_loss(mean: Tensor, std: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = ½((μ - z')/σ)² + ln σ, mean over the latent, per transition: (M,). z' is detached.
 
     It is -ln of a density, over 50, but for a constant: where P̄ is sure and right it is negative. Then, in U = A - αℓ,
-    U > A.
-    Its gradient grows as σ falls. One clip bounds the gradient of all losses together: watch losses/grad_norm, as a
-    large one leaves little of PPO's.
+    U > A. Its gradient grows as σ falls. One clip bounds the gradient of all losses together: watch losses/grad_norm,
+    as a large one leaves little of PPO's.
     """
     return (0.5 * ((mean - next_z.detach()) / std).square() + std.log()).mean(-1)
 
