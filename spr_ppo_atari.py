@@ -298,7 +298,7 @@ def follow(target: Agent, agent: Agent, rate: float) -> None:
 
 
 def augment(frames: Tensor, noise: torch.Generator) -> Tensor:
-    """Frames (B, 84, 84, 4) uint8, shifted by up to 4 pixels and up to 10 % brighter or darker, as floats.
+    """Frames (B, 84, 84, 4) uint8, shifted by up to 4 pixels and up to 10 % brighter or darker, as `encode` takes them.
 
     One shift and one factor a row, so that its 4 frames stay a film. What comes in at an edge repeats the edge.
     """
@@ -307,7 +307,8 @@ def augment(frames: Tensor, noise: torch.Generator) -> Tensor:
     y, x = (torch.arange(size, device=device) + shifts).clamp(0, size - 1)  # (B, 84) each
     pixels = (torch.arange(B, device=device)[:, None, None] * size + y[:, :, None]) * size + x[:, None]  # (B, 84, 84)
     shifted = frames.view(torch.int32).take(pixels).view(torch.uint8).view(frames.shape)  # 4 frames as one number: fast
-    return shifted * (1 + 0.05 * torch.randn(B, 1, 1, 1, generator=noise, device=device).clamp(-2, 2))
+    brightness = 1 + 0.05 * torch.randn(B, 1, 1, 1, generator=noise, device=device).clamp(-2, 2)
+    return shifted * brightness.to(torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32)
 
 
 def look_ahead(agent: Agent, target: Agent, batch: Transitions, augmentation: bool, noise: torch.Generator) -> tuple:

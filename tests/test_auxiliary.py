@@ -147,6 +147,10 @@ def test_augmentation_equals_a_pad_and_a_crop():
         padded = np.pad(frames[i].numpy(), ((4, 4), (4, 4), (0, 0)), mode="edge")
         np.testing.assert_allclose(ours[i], factor * padded[4 + down :, 4 + right :][:84, :84], rtol=1e-6)
     assert set(shifts[0]) | set(shifts[1]) == set(range(-4, 5)) and len(set(factors)) > 30
+    with torch.autocast("cpu", torch.bfloat16):  # the factor is rounded, and the product again
+        in_bf16 = spr.augment(frames, seeded(5))
+    assert in_bf16.dtype == torch.bfloat16
+    np.testing.assert_allclose(in_bf16.float().numpy(), ours, rtol=2**-8)
 
 
 def test_dropout_stands_behind_each_layer_of_the_loss_and_nowhere_else():
