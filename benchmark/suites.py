@@ -99,6 +99,22 @@ PARALLELISM = {
     for shape, (num_envs, num_steps) in SHAPES.items()
 }
 
+# The same shapes, with what their rollouts cover; on Atari with a step size that falls as over the paper's 10 M steps.
+LUNAR_SHAPES = {
+    f"{name}-{shape}": Algorithm(
+        "benchmark/peers/deep_spi_ppo_coverage.py", flags | {"num_envs": num_envs, "num_steps": num_steps}
+    )
+    for name, flags in (("ppo", PPO_FLAGS), ("deep_spi", {}))
+    for shape, (num_envs, num_steps) in SHAPES.items()
+}
+PONG_SHAPES = {
+    name: Algorithm("benchmark/peers/deep_spi_ppo_atari_coverage.py", algorithm.flags)
+    for name, algorithm in LUNAR_SHAPES.items()
+    if "32x32" not in name
+}
+# The paper's stochastic setting, and the one without.
+STOCHASTICITY = {"sticky": {}, "plain": {"repeat_action_probability": 0.0, "noop_max": 30}}
+
 # What the published code does otherwise than DreamSPI here, one thing at a time, and all together.
 PUBLISHED_WAYS = ("stale_gradients", "learned_dummies", "lost_dones", "final_limits")
 PUBLISHED_PLANNING = {
@@ -263,6 +279,12 @@ SUITES = {
         seeds=2,
         evaluate=0,
     ),
+    "parallelism-lunar": Suite(
+        LUNAR_SHAPES, [task for task in CONTROL_TASKS if task.label == "LunarLander-v3-sticky0.25"], seeds=5
+    ),
+    "parallelism-pong": Suite(
+        PONG_SHAPES, [Task("Pong-v5", 1_500_000, flags, name) for name, flags in STOCHASTICITY.items()], seeds=2
+    ),
     "ablation": Suite(ABLATION, atari_tasks(ATARI5_GAMES), seeds=5),
 }
 
@@ -287,5 +309,7 @@ PRICED_AS = {  # not measured themselves
     "benchmark/peers/deep_spi_published_norm.py": "deep_spi_ppo_atari.py",
     "benchmark/peers/deep_spi_ppo_atari_transition.py": "deep_spi_ppo_atari.py",
     "benchmark/peers/deep_spi_ppo_transition.py": "deep_spi_ppo.py",
+    "benchmark/peers/deep_spi_ppo_coverage.py": "deep_spi_ppo.py",
+    "benchmark/peers/deep_spi_ppo_atari_coverage.py": "deep_spi_ppo_atari.py",
     "benchmark/peers/dream_spi_published.py": "dream_spi.py",
 }

@@ -301,10 +301,13 @@ def values_by_case(results: Path) -> dict[tuple[str, str], list[float]]:
     return values
 
 
-def ratio_table(results: Path) -> str:
-    """Ratios of what one round measured: median over the rounds, smallest and largest. What was left out has no row."""
+def ratio_table(results: Path, of: str = "") -> str:
+    """Ratios of what one round measured: median over the rounds, smallest and largest. What was left out has no row.
+
+    `of`: only the ratios in whose name this stands.
+    """
     values, rows = values_by_case(results), []
-    for label, (above, below) in RATIOS.items():
+    for label, (above, below) in ((label, sides) for label, sides in RATIOS.items() if of in label):
         pairs = zip(values[above], values[below], strict=False)  # a case may have been left out of every round
         ratios = np.array([first / second for first, second in pairs])
         if len(ratios):
