@@ -11,6 +11,7 @@ from benchmark.common import RESULTS, ROOT, markdown
 from benchmark.report.scores import read_scores
 from benchmark.studies import (
     atari_200k,
+    auxiliary,
     clip,
     confounding,
     confounding_mechanism,
@@ -78,6 +79,10 @@ TABLES = {
     "every_game": every_game.table,
     "long_scores": long.score_table,
     "long_losses": long.loss_table,
+    "auxiliary_scores": auxiliary.score_table,
+    "auxiliary_differences": auxiliary.difference_table,
+    "auxiliary_losses": auxiliary.loss_table,
+    "figure_7": auxiliary.deepmdp_table,
     "parallelism_scores": parallelism.score_table,
     "parallelism_differences": parallelism.difference_table,
     "mujoco_scores": lambda: mujoco.score_table(read_scores(mujoco.FOLDER)),

@@ -6,55 +6,32 @@ benchmark/PROTOCOL.md.
 """
 
 import argparse
-import csv
-import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from benchmark.common import RESULTS, markdown, mean_interval, read_events, read_table
+from benchmark.common import RESULTS, markdown, mean_interval, read_table
 from benchmark.launch.keep import keep
 from benchmark.report.pictures import COLOURS, LINES, called, save_figure
 from benchmark.report.runs import FinishedRun, read_known_scores, read_results
 from benchmark.report.scores import cell
-from benchmark.studies.transition import LOSSES, TENTHS, tenths
+from benchmark.studies.by_tenths import add, finished, rows_of
+from benchmark.studies.transition import LOSSES, TENTHS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
 FOLDER, FILE = RESULTS / "suites" / "long", RESULTS / "long_losses.csv"
-LATENT_SIZE = 7 * 7 * 64
-SUMS = ("deep_spi_ppo_atari.py",)  # scripts whose ℓ_P is a sum over the latent; DeepMDP's is a mean
 KEY = ("algorithm", "task", "seed")
 
 
-def losses_of(run_dir: Path) -> list[dict]:
-    """Ten rows of a run with a world model, none of one without: medians, ℓ_P per dimension of the latent."""
-    config, events = json.loads((run_dir / "config.json").read_text(encoding="utf-8")), read_events(run_dir)
-    if LOSSES["reward"] not in events:
-        return []
-    last_step = int(events["charts/SPS"][0][-1])
-    columns = {name: tenths(*events[metric], last_step) for name, metric in LOSSES.items()}
-    for name in (name for name in columns if name.startswith("transition") and config["script"] in SUMS):
-        columns[name] /= LATENT_SIZE
-    key = dict(zip(KEY, run_dir.parts[-3:], strict=True))
-    parts = range(1, TENTHS + 1)
-    return [key | {"tenth": i} | {name: f"{column[i - 1]:.6g}" for name, column in columns.items()} for i in parts]
-
-
 def collect(folder: Path) -> int:
-    """Keep the finished runs and their losses, in place of those of the same runs; return the runs' number."""
+    """Keep the finished runs, and the losses of those with a world model; return the runs' number."""
     kept = keep(folder, FOLDER)
-    rows = [row for done in folder.glob("*/*/*/done.json") for row in losses_of(done.parent)]
-    new = {tuple(row[name] for name in KEY) for row in rows}
-    rows += [row for row in read_table(FILE) if tuple(row[name] for name in KEY) not in new]
-    if rows:
-        with open(FILE, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(sorted(rows, key=lambda row: (*(row[name] for name in KEY), int(row["tenth"]))))
+    runs = [(run_dir, dict(zip(KEY, run_dir.parts[-3:], strict=True))) for run_dir in finished(folder)]
+    add(FILE, [row for run_dir, key in runs for row in rows_of(run_dir, key, LOSSES)])
     return kept
 
 

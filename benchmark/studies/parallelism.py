@@ -6,16 +6,13 @@ these. The protocol is in benchmark/PROTOCOL.md.
 """
 
 import argparse
-import csv
-import json
 from pathlib import Path
 
-import numpy as np
-
-from benchmark.common import RESULTS, markdown, mean_interval, read_events, read_table
+from benchmark.common import RESULTS, markdown, mean_interval
 from benchmark.launch.keep import keep
 from benchmark.report.scores import FINAL, LAST, Scores, cell, difference, read_scores, visible_cell
-from benchmark.studies.transition import LATENT_SIZE, TENTHS, tenths
+from benchmark.studies.by_tenths import add, column, finished, rows_of
+from benchmark.studies.transition import TENTHS
 from benchmark.suites import SHAPES
 
 FOLDER, FILE = RESULTS / "suites", RESULTS / "parallelism.csv"
@@ -34,38 +31,15 @@ PAIRS = ("transition_mean", "transition_copy"), ("reward", "reward_zero")
 NAMES = {"ppo": "PPO", "deep_spi": "Deep SPI"}
 
 
-def rows_of(suite: str, run_dir: Path) -> list[dict]:
-    """Ten rows of a finished run: medians over each tenth of its steps, losses of P̄ per dimension of the latent."""
-    events = read_events(run_dir)
-    env_id = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["args"]["env_id"]
-    key = dict(zip(KEY, (suite, *run_dir.parts[-3:]), strict=True))
-    last_step = int(events["charts/SPS"][0][-1])
-    columns = {name: tenths(*events[metric], last_step) for name, metric in METRICS.items() if metric in events}
-    for name in columns.keys() & {"transition_mean", "transition_copy"}:
-        columns[name] = columns[name] / LATENT_SIZE[env_id]
-    empty = dict.fromkeys(METRICS, "")
-    return [
-        key | {"tenth": i + 1} | empty | {name: f"{column[i]:.6g}" for name, column in columns.items()}
-        for i in range(TENTHS)
-    ]
-
-
 def collect(folder: Path) -> int:
     """Keep the finished runs and their rows, in place of those of the same runs; return the runs' number."""
-    found, number = [], 0
-    for suite in (suite for suite in STUDY if (folder / suite).is_dir()):
-        number += keep(folder / suite, FOLDER / suite)
-        done = (path.parent for path in (folder / suite).glob("*/*/*/done.json"))
-        found += [row for run_dir in done if ".broken-" not in run_dir.name for row in rows_of(suite, run_dir)]
-    if not found:
-        raise SystemExit(f"error: FOLDER: no finished run of {', '.join(STUDY)} in {folder}")
-    new = {tuple(row[name] for name in KEY) for row in found}
-    found += [row for row in read_table(FILE) if tuple(row[name] for name in KEY) not in new]
-    with open(FILE, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, found[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(found, key=lambda row: (*(row[name] for name in KEY), int(row["tenth"]))))
-    return number
+    suites = [suite for suite in STUDY if (folder / suite).is_dir()]
+    if not suites:
+        raise SystemExit(f"error: FOLDER: none of {', '.join(STUDY)} is in {folder}")
+    for suite in suites:
+        for run_dir in finished(folder / suite):
+            add(FILE, rows_of(run_dir, dict(zip(KEY, (suite, *run_dir.parts[-3:]), strict=True)), METRICS))
+    return sum(keep(folder / suite, FOLDER / suite) for suite in suites)
 
 
 def scores_of(suite: str) -> Scores:
@@ -78,12 +52,6 @@ def arms() -> list[tuple[str, str, str]]:
     return [(script, shape, f"{script}-{shape}") for script in NAMES for shape in SHAPES]
 
 
-def column(key: tuple, tenth: int, name: str) -> np.ndarray:
-    """A column's values in one tenth, (seeds,), of the runs of a (suite, algorithm, task)."""
-    rows = (row for row in read_table(FILE) if tuple(row[each] for each in KEY[:3]) == key)
-    return np.array([float(row[name]) for row in rows if int(row["tenth"]) == tenth and row[name]])
-
-
 def score_table() -> str:
     """Markdown: what each shape scored, what its rollouts covered, and its losses beside those of trivial predictors.
 
@@ -93,19 +61,17 @@ def score_table() -> str:
     for suite in STUDY:
         for task, algorithms in scores_of(suite).items():
             for script, shape, name in (arm for arm in arms() if arm[2] in algorithms):
-                own = algorithms[name]
-                means = [
-                    cell(own[outcome].mean(), *mean_interval(own[outcome]), "z.1f") if outcome in own else ""
-                    for outcome in (FINAL, LAST)
-                ]
-                of = {each: [column((suite, name, task), tenth, each) for tenth in (2, TENTHS)] for each in METRICS}
-                covered = [" → ".join(f"{x.mean():{form}}" for x in of[each]) for each, form in FORMS.items()]
-                paid = [
-                    f"{of[own][1].mean():.2g} : {of[trivial][1].mean():.2g}" if len(of[own][1]) else ""
-                    for own, trivial in PAIRS
-                ]
-                shape = shape.replace("x", " × ")
-                rows.append([task, NAMES[script], shape, str(len(own[LAST])), *means, *covered, *paid])
+                own, key = algorithms[name], {"suite": suite, "algorithm": name, "task": task}
+                row = [task, NAMES[script], shape.replace("x", " × "), str(len(own[LAST]))]
+                for outcome in (FINAL, LAST):
+                    values = own.get(outcome)
+                    row.append("" if values is None else cell(values.mean(), *mean_interval(values), "z.1f"))
+                for each, form in FORMS.items():
+                    row.append(" → ".join(f"{column(FILE, i, each, **key).mean():{form}}" for i in (2, TENTHS)))
+                for pair in PAIRS:
+                    losses = [column(FILE, TENTHS, each, **key) for each in pair]
+                    row.append(" : ".join(f"{x.mean():.2g}" for x in losses if len(x)))
+                rows.append(row)
     header = ["task", "algorithm", "N × T", "seeds", f"{FINAL}, 64 games", LAST, "distinct", "variance of z"]
     header += ["ℓ_P of P̄'s mean : copying", "ℓ_R : always 0"]
     return markdown(header, rows) if rows else "None yet."
@@ -114,17 +80,13 @@ def score_table() -> str:
 def difference_table() -> str:
     """Markdown: 128 × 8 - 8 × 128, of what there are two runs of each side or more, by Welch's test."""
     rows = []
-    for suite in STUDY:
-        for task, algorithms in scores_of(suite).items():
-            for script, name in NAMES.items():
-                for outcome in (FINAL, LAST):
-                    wide, long = (
-                        algorithms.get(f"{script}-{shape}", {}).get(outcome, ()) for shape in ("128x8", "8x128")
-                    )
-                    if min(len(wide), len(long)) > 1:
-                        interval = cell(*difference(wide, long), "+z.1f")
-                        seeds = f"{len(wide)}, {len(long)}"
-                        rows.append([task, name, outcome, seeds, interval, visible_cell(wide, long, "z.1f")])
+    for task, algorithms in (item for suite in STUDY for item in scores_of(suite).items()):
+        for script, name in NAMES.items():
+            for outcome in (FINAL, LAST):
+                a, b = (algorithms.get(f"{script}-{shape}", {}).get(outcome, ()) for shape in ("128x8", "8x128"))
+                if min(len(a), len(b)) > 1:
+                    interval, seen = cell(*difference(a, b), "+z.1f"), visible_cell(a, b, "z.1f")
+                    rows.append([task, name, outcome, f"{len(a)}, {len(b)}", interval, seen])
     header = ["task", "algorithm", "outcome", "seeds", "128 × 8 − 8 × 128 [95 % interval]", "could have seen"]
     return markdown(header, rows) if rows else "None yet."
 
