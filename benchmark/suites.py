@@ -90,7 +90,7 @@ CLIP_BY_HORIZON = {
 }
 
 # N environments x T steps with the same N·T = 1024 per update. Each T is a multiple of the default chunk of 8, and each
-# rollout has 128 chunks, which the default 4 minibatches divide.
+# rollout has 128 chunks, which the default 4 minibatches (on vectors 8) divide.
 SHAPES = {"8x128": (8, 128), "32x32": (32, 32), "128x8": (128, 8)}
 
 PARALLELISM = {

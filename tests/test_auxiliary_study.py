@@ -57,8 +57,8 @@ def test_tables(monkeypatch):
     assert [row[1] for row in rows(auxiliary.score_table())] == ["PPO", "Deep SPI", "SPR's network, no loss", "SPR"]
     first, second = rows(auxiliary.difference_table())  # Deep SPI has one seed
     # equal spreads: four degrees of freedom, 2.7764 x 10 x √(2/3) = 22.7
-    assert first[:4] == ["Krull-v5", "SPR − SPR's network, no loss", "3, 3", "+40 [+17, +63]"]
-    assert second[:4] == ["Krull-v5", "SPR − PPO", "3, 3", "+30 [+7, +53]"]
+    assert first[:4] == ["Krull-v5", "SPR − SPR's network, no loss", "3, 3", "+40.0 [+17.3, +62.7]"]
+    assert second[:4] == ["Krull-v5", "SPR − PPO", "3, 3", "+30.0 [+7.3, +52.7]"]
 
 
 def test_figure_7_compares_deep_spi_and_deepmdp():

@@ -1,4 +1,4 @@
-"""The peers that tell what a rollout covers: their two metrics, the early end, and that else they are the script."""
+"""The peers that tell what a rollout covers: their metrics, the early end, and that else they are the script."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import torch
 
 import deep_spi_ppo
 import deep_spi_ppo_atari
+import evaluate
 from benchmark.common import read_events
 from benchmark.peers import deep_spi_ppo_atari_coverage, deep_spi_ppo_coverage
 from benchmark.peers.coverage import share_of_distinct
@@ -28,15 +29,19 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     ],
     ids=["vectors", "Atari"],
 )
-def test_a_run_with_two_more_metrics_is_the_script_s_run(script, peer, same, tmp_path):
+def test_a_run_with_three_more_metrics_is_the_script_s_run(script, peer, same, tmp_path):
     script.train(script.Args(total_timesteps=96, run_dir=str(tmp_path / "script"), **SMALL))
     peer.train(peer.Args(total_timesteps=96, run_dir=str(tmp_path / "peer"), **SMALL, **same))
     ours, theirs = weights(tmp_path / "peer"), weights(tmp_path / "script")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     ours, theirs = read_events(tmp_path / "peer"), read_events(tmp_path / "script")
-    assert ours.keys() - theirs.keys() == {"coverage/distinct", "coverage/latent_variance"}
+    assert ours.keys() - theirs.keys() == {
+        "coverage/distinct",
+        "coverage/observation_variance",
+        "coverage/latent_variance",
+    }
     assert all(0 < share <= 1 for share in ours["coverage/distinct"][1])
-    assert all(variance > 0 for variance in ours["coverage/latent_variance"][1])
+    assert all(min(ours[f"coverage/{of}_variance"][1]) > 0 for of in ("observation", "latent"))
 
 
 def test_the_metrics_are_of_the_last_rollout_and_the_agent_after_it(tmp_path, monkeypatch):
@@ -57,6 +62,8 @@ def test_the_metrics_are_of_the_last_rollout_and_the_agent_after_it(tmp_path, mo
     with torch.no_grad():
         variance = agent.encode(rows).flatten(1).double().var(0, correction=0).mean()
     assert events["coverage/latent_variance"][1][-1] == pytest.approx(variance.item(), rel=1e-4)
+    pixels = rows.flatten(1).double().var(0, correction=0).mean()
+    assert events["coverage/observation_variance"][1][-1] == pytest.approx(pixels.item(), rel=1e-4)
     assert events["coverage/distinct"][1][-1] == pytest.approx(len(rows.flatten(1).unique(dim=0)) / 32)
 
 
@@ -69,6 +76,9 @@ def test_a_run_ends_after_its_own_steps_and_goes_on_to_more(tmp_path):
         ]
         subprocess.run([sys.executable, deep_spi_ppo_atari_coverage.__file__, *words], check=True, capture_output=True)
         done, rates = read_events(tmp_path)["charts/learning_rate"]
+        evaluate.main(
+            evaluate.Args(tmp_path, episodes=1, policy="sampled", max_length=5)
+        )  # with the copy in the folder
         assert done[-1] == steps and rates == pytest.approx([2.5e-4 * (1 - i / 10) for i in range(steps // 32)])
 
 

@@ -32,6 +32,7 @@ def test_a_run_is_kept_with_medians_of_tenths_and_losses_per_dimension(tmp_path)
         deep_spi_ppo_coverage.Args(env_id="LunarLander-v3", run_dir=str(run_dir), device="cpu", **shape)
     )
     (run_dir / "done.json").write_text(json.dumps({"steps": 320, "minutes": 1.0, "sps": 10.0}))
+    (tmp_path / "runs" / "parallelism-pong" / "ppo-8x128" / "Pong-v5-plain" / "1").mkdir(parents=True)  # unfinished
     for _ in range(2):
         assert parallelism.collect(tmp_path / "runs") == 1
         written = read_table(parallelism.FILE)
@@ -43,7 +44,7 @@ def test_a_run_is_kept_with_medians_of_tenths_and_losses_per_dimension(tmp_path)
 
 
 def write(file, runs):
-    """Rows of the study's file: arm → seed → (distinct, latent variance, the four losses), in every tenth."""
+    """Rows of the study's file: arm → seed → (distinct, two variances, the four losses), in every tenth."""
     with open(file, "w", newline="") as out:
         writer = csv.writer(out)
         writer.writerow([*parallelism.KEY, "tenth", *parallelism.METRICS])
@@ -59,21 +60,21 @@ def test_tables(monkeypatch):
         "deep_spi-8x128": {FINAL: np.array([0.0]), LAST: np.array([5.0])},
     }
     monkeypatch.setattr(parallelism, "scores_of", lambda suite: {TASK: scores} if suite == "parallelism-lunar" else {})
-    ppo = [(0.5, 2, "", "", "", ""), (0.6, 2, "", "", "", ""), (0.7, 2, "", "", "", "")]
+    ppo = [(share, 4, 2, "", "", "", "") for share in (0.5, 0.6, 0.7)]
     write(
         parallelism.FILE,
-        {"ppo-8x128": ppo, "ppo-128x8": ppo[:2], "deep_spi-8x128": [(1, 0.25, 0.02, 0.01, 0.3, 0.4)]},
+        {"ppo-8x128": ppo, "ppo-128x8": ppo[:2], "deep_spi-8x128": [(1, 9, 0.25, 0.02, 0.01, 0.3, 0.4)]},
     )
     first, second, third = rows(parallelism.score_table())
     # Student's t with two degrees of freedom: 4.3027 x 10 / √3 = 24.8
     assert first[:7] == [TASK, "PPO", "8 × 128", "3", "20.0 [-4.8, 44.8]", "1.0", "0.600 → 0.600"]
-    assert first[7:] == ["2 → 2", "", ""] and second[6] == "0.550 → 0.550"
+    assert first[7:] == ["4 → 4", "2 → 2", "", ""] and second[6] == "0.550 → 0.550"
     assert third[1:] == [
-        "Deep SPI", "8 × 128", "1", "0.0", "5.0", "1.000 → 1.000", "0.25 → 0.25", "0.02 : 0.01", "0.3 : 0.4"
+        "Deep SPI", "8 × 128", "1", "0.0", "5.0", "1.000 → 1.000", "9 → 9", "0.25 → 0.25", "0.02 : 0.01", "0.3 : 0.4"
     ]  # fmt: skip
-    final, last = rows(parallelism.difference_table())  # Deep SPI has one shape
-    # equal spreads: four degrees of freedom, 2.7764 x 10 x √(2/3) = 22.7
-    assert final[:5] == [TASK, "PPO", FINAL, "3, 3", "+30.0 [+7.3, +52.7]"] and last[2] == LAST
+    (row,) = rows(parallelism.difference_table())  # Deep SPI has one shape
+    # equal spreads: four degrees of freedom, 2.7764 x 10 x √(2/3) = 22.7; at 97.5 %, 3.4954 x 10 x √(2/3) = 28.5
+    assert row[:5] == [TASK, "PPO", "3, 3", "+30.0 [+7.3, +52.7]", "+30.0 [+1.5, +58.5]"]
 
 
 def test_no_runs_are_no_tables(tmp_path):

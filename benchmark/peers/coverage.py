@@ -1,9 +1,13 @@
-"""What a rollout covers: parts of a script that add two metrics to its log, and may end the run before its schedule.
+"""What a rollout covers: parts of a script that add three metrics to its log, and may end the run before its schedule.
 
-    coverage/distinct          different observations among the last T of the N environments, over N T
-    coverage/latent_variance   variance of z = φ(s) over them, after the update; the mean over the numbers of z
+Of the N environments' last T observations, those after each step:
 
-For the study of parallelism (benchmark/PROTOCOL.md): the talk goes from 8 x 128 to 128 x 8 for the sake of coverage.
+    coverage/distinct               number of different ones, over N T
+    coverage/observation_variance   their variance; the mean over an observation's numbers (Atari: pixels, 0 to 255)
+    coverage/latent_variance        the variance of their z = φ(s), with the φ after the update; the mean over z
+
+Only the second has the same scale in every run: each run has its own φ, and floats are nearly always distinct. For the
+study of parallelism (benchmark/PROTOCOL.md): the talk goes from 8 x 128 to 128 x 8 for the sake of coverage.
 """
 
 from collections import deque
@@ -33,7 +37,7 @@ def parts(script: ModuleType, args) -> dict[str, type]:
             return result
 
     class Run(script.Run):
-        """The script's run of `args`, whatever schedule the loop has."""
+        """The script's run. Its length is args', though the loop's schedule may be longer."""
 
         def __init__(self, _):
             super().__init__(args)
@@ -43,6 +47,7 @@ def parts(script: ModuleType, args) -> dict[str, type]:
             with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
                 z = learned["agent"].encode(obs.to(args.device)).float().flatten(1)
             metrics["coverage/distinct"] = share_of_distinct(obs)
+            metrics["coverage/observation_variance"] = obs.flatten(1).float().var(0, correction=0).mean().item()
             metrics["coverage/latent_variance"] = z.var(0, correction=0).mean().item()
             super().end_iteration(metrics, ratios, learned)
             if (self.iterations + 1) * self.rollout > args.total_timesteps:

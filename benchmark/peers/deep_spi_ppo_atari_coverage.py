@@ -1,7 +1,7 @@
 """`deep_spi_ppo_atari.py`, stopped early: python -m benchmark.peers.deep_spi_ppo_atari_coverage --num-envs 8
 
-It is that script, with its settings and its folder, two more metrics (coverage.py), and a step size that falls as in a
-longer run. PPO with both coefficients 0.
+It is that script, with its settings and its folder. What it adds: three more metrics (coverage.py), and a step size
+that falls as in a longer run. PPO with both coefficients 0.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """`deep_spi_ppo.py` with what its rollouts cover: python -m benchmark.peers.deep_spi_ppo_coverage --num-envs 8
 
-It is that script, with its settings and its folder, and two more metrics: coverage.py.
+It is that script, with its settings and its folder, and three more metrics: coverage.py.
 """
 
 import contextlib

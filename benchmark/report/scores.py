@@ -63,11 +63,11 @@ def welch(a: np.ndarray, b: np.ndarray):
     return stats.ttest_ind(a, b, axis=-1, equal_var=False)
 
 
-def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Mean of a (n,) less that of b (m,), and Welch's 95 % interval of it: nan where nothing varies, or n or m is 1."""
+def difference(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
+    """Mean of a (n,) less that of b (m,), and Welch's interval: 95 %; nan where nothing varies, or n or m is 1."""
     mean, low, high = a.mean() - b.mean(), math.nan, math.nan
     if min(len(a), len(b)) > 1 and varies(a, b):
-        low, high = welch(a, b).confidence_interval(1 - LEVEL)
+        low, high = welch(a, b).confidence_interval(1 - level)
     return mean, low, high
 
 

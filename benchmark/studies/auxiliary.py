@@ -91,12 +91,12 @@ def score_table() -> str:
             if name in algorithms:
                 own = algorithms[name]
                 means = [
-                    cell(own[outcome].mean(), *mean_interval(own[outcome]), "z.0f") if outcome in own else ""
+                    cell(own[outcome].mean(), *mean_interval(own[outcome]), "z.1f") if outcome in own else ""
                     for outcome in (FINAL, LAST)
                 ]
-                each = ", ".join(f"{value:z.0f}" for value in own[FINAL if FINAL in own else LAST])
+                each = ", ".join(f"{value:z.1f}" for value in own.get(FINAL, ()))
                 rows.append([task, called, str(len(own[LAST])), *means, each])
-    header = ["task", "algorithm", "seeds", f"{FINAL}, 64 games", LAST, "each seed's first outcome"]
+    header = ["task", "algorithm", "seeds", f"{FINAL}, 64 games", LAST, "final policy of each seed"]
     return markdown(header, rows) if rows else "None yet."
 
 
@@ -108,8 +108,8 @@ def difference_table() -> str:
             a, b = (algorithms.get(name, {}).get(FINAL, ()) for name in names)
             if min(len(a), len(b)) > 1:
                 question = " − ".join(NAMES[name] for name in names)
-                interval = cell(*difference(a, b), "+z.0f")
-                rows.append([task, question, f"{len(a)}, {len(b)}", interval, visible_cell(a, b, "z.0f")])
+                interval = cell(*difference(a, b), "+z.1f")
+                rows.append([task, question, f"{len(a)}, {len(b)}", interval, visible_cell(a, b, "z.1f")])
     header = ["task", "comparison", "seeds", "difference [95 % interval]", "could have seen"]
     return markdown(header, rows) if rows else "None yet."
 
@@ -117,8 +117,10 @@ def difference_table() -> str:
 def loss_table() -> str:
     """Markdown: what each paid of its own loss in the last tenth, beside a trivial predictor; means over seeds."""
     rows = []
-    runs = dict.fromkeys((row["task"], row["algorithm"]) for row in read_table(FILE))
-    for task, name in sorted(runs, key=lambda run: (run[0], list(NAMES).index(run[1]))):
+    runs = {(row["task"], row["algorithm"]) for row in read_table(FILE)}
+    for task, name in ((task, name) for task in sorted({run[0] for run in runs}) for name in NAMES):
+        if (task, name) not in runs:
+            continue
         of = {each: column(FILE, TENTHS, each, task=task, algorithm=name) for each in METRICS}
         row = [task, NAMES[name], str(len(of["latent_variance"]))]
         for own, trivial in PAIRS:

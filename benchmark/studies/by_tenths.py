@@ -1,4 +1,4 @@
-"""What runs logged in each tenth of their training, in a table that a study keeps: long, auxiliary, parallelism."""
+"""Medians of logged metrics in each tenth of training, kept as a CSV file: for long, auxiliary and parallelism."""
 
 import csv
 import json
@@ -9,27 +9,28 @@ import numpy as np
 from benchmark.common import read_events, read_table
 from benchmark.studies.transition import TENTHS, tenths
 
-# Scripts whose ℓ_P is a sum over the latent, and its size: it is told per dimension. DeepMDP's is a mean, DBC's a
-# density.
+# Of a script whose ℓ_P is a sum over the latent, its size, by which the table divides. DeepMDP's and DBC's are means.
 LATENT_SIZE = {
     "deep_spi_ppo.py": 32,
     "deep_spi_ppo_coverage.py": 32,
     "deep_spi_ppo_atari.py": 7 * 7 * 64,
     "deep_spi_ppo_atari_coverage.py": 7 * 7 * 64,
+    "deepmdp_ppo_atari.py": 1,
+    "dbc_ppo_atari.py": 1,
 }
 
 
 def rows_of(run_dir: Path, key: dict[str, str], metrics: dict[str, str]) -> list[dict]:
     """Ten rows of a run: the key, and the median of each metric (column → metric) that it logged, else empty cells.
 
-    No rows if it logged none of them.
+    No rows if it logged none of them. Raises KeyError if it logged ℓ_P and its script is not in LATENT_SIZE.
     """
     script = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["script"]
     events = read_events(run_dir)
     last_step = int(events["charts/SPS"][0][-1])
     columns = {name: tenths(*events[metric], last_step) for name, metric in metrics.items() if metric in events}
     for name in (name for name, metric in metrics.items() if "/transition_loss" in metric and name in columns):
-        columns[name] = columns[name] / LATENT_SIZE.get(script, 1)
+        columns[name] = columns[name] / LATENT_SIZE[script]
     return [
         key | {"tenth": i + 1} | {name: f"{columns[name][i]:.6g}" if name in columns else "" for name in metrics}
         for i in range(TENTHS if columns else 0)

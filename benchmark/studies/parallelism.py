@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmark.common import RESULTS, markdown, mean_interval
 from benchmark.launch.keep import keep
-from benchmark.report.scores import FINAL, LAST, Scores, cell, difference, read_scores, visible_cell
+from benchmark.report.scores import FINAL, LAST, LEVEL, Scores, cell, difference, read_scores, visible_cell
 from benchmark.studies.by_tenths import add, column, finished, rows_of
 from benchmark.studies.transition import TENTHS
 from benchmark.suites import SHAPES
@@ -18,28 +18,30 @@ from benchmark.suites import SHAPES
 FOLDER, FILE = RESULTS / "suites", RESULTS / "parallelism.csv"
 STUDY = "parallelism-lunar", "parallelism-pong"
 KEY = ("suite", "algorithm", "task", "seed")
-METRICS = {  # column → metric; PPO has the first two
+METRICS = {  # column → metric; PPO has the first three
     "distinct": "coverage/distinct",
+    "observation_variance": "coverage/observation_variance",
     "latent_variance": "coverage/latent_variance",
     "transition_mean": "world_model/transition_loss_mean",
     "transition_copy": "world_model/transition_loss_copy",
     "reward": "world_model/reward_loss",
     "reward_zero": "world_model/reward_loss_zero",
 }
-FORMS = {"distinct": ".3f", "latent_variance": ".2g"}
+FORMS = {"distinct": ".3f", "observation_variance": ".3g", "latent_variance": ".2g"}
 PAIRS = ("transition_mean", "transition_copy"), ("reward", "reward_zero")
 NAMES = {"ppo": "PPO", "deep_spi": "Deep SPI"}
 
 
 def collect(folder: Path) -> int:
     """Keep the finished runs and their rows, in place of those of the same runs; return the runs' number."""
-    suites = [suite for suite in STUDY if (folder / suite).is_dir()]
+    suites = [suite for suite in STUDY if finished(folder / suite)]
     if not suites:
-        raise SystemExit(f"error: FOLDER: none of {', '.join(STUDY)} is in {folder}")
+        raise SystemExit(f"error: FOLDER: no finished run of {', '.join(STUDY)} in {folder}")
+    kept = sum(keep(folder / suite, FOLDER / suite) for suite in suites)
     for suite in suites:
         for run_dir in finished(folder / suite):
             add(FILE, rows_of(run_dir, dict(zip(KEY, (suite, *run_dir.parts[-3:]), strict=True)), METRICS))
-    return sum(keep(folder / suite, FOLDER / suite) for suite in suites)
+    return kept
 
 
 def scores_of(suite: str) -> Scores:
@@ -72,22 +74,24 @@ def score_table() -> str:
                     losses = [column(FILE, TENTHS, each, **key) for each in pair]
                     row.append(" : ".join(f"{x.mean():.2g}" for x in losses if len(x)))
                 rows.append(row)
-    header = ["task", "algorithm", "N × T", "seeds", f"{FINAL}, 64 games", LAST, "distinct", "variance of z"]
-    header += ["ℓ_P of P̄'s mean : copying", "ℓ_R : always 0"]
+    header = ["task", "algorithm", "N × T", "seeds", f"{FINAL}, 64 games", LAST, "distinct", "variance of s"]
+    header += ["variance of z", "ℓ_P of P̄'s mean : copying", "ℓ_R : always 0"]
     return markdown(header, rows) if rows else "None yet."
 
 
 def difference_table() -> str:
-    """Markdown: 128 × 8 - 8 × 128, of what there are two runs of each side or more, by Welch's test."""
+    """Markdown: final policies of 128 × 8 - 8 × 128, where there are two runs of each or more, by Welch's test.
+
+    Once at the level of one comparison and once at that for two, as there are two algorithms.
+    """
     rows = []
     for task, algorithms in (item for suite in STUDY for item in scores_of(suite).items()):
         for script, name in NAMES.items():
-            for outcome in (FINAL, LAST):
-                a, b = (algorithms.get(f"{script}-{shape}", {}).get(outcome, ()) for shape in ("128x8", "8x128"))
-                if min(len(a), len(b)) > 1:
-                    interval, seen = cell(*difference(a, b), "+z.1f"), visible_cell(a, b, "z.1f")
-                    rows.append([task, name, outcome, f"{len(a)}, {len(b)}", interval, seen])
-    header = ["task", "algorithm", "outcome", "seeds", "128 × 8 − 8 × 128 [95 % interval]", "could have seen"]
+            a, b = (algorithms.get(f"{script}-{shape}", {}).get(FINAL, ()) for shape in ("128x8", "8x128"))
+            if min(len(a), len(b)) > 1:
+                intervals = [cell(*difference(a, b, level), "+z.1f") for level in (LEVEL, LEVEL / 2)]
+                rows.append([task, name, f"{len(a)}, {len(b)}", *intervals, visible_cell(a, b, "z.1f")])
+    header = ["task", "algorithm", "seeds", "128 × 8 − 8 × 128 [95 % interval]", "the same, 97.5 %", "could have seen"]
     return markdown(header, rows) if rows else "None yet."
 
 
