@@ -32,6 +32,7 @@ atari-200k: .venv/.train  ## the first 200,000 steps of the Atari table in docs/
 theory: .venv/.train  ## the pictures of the theory
 	.venv/bin/python safe_policy_improvement.py --out-dir runs/theory
 	mkdir -p benchmark/results/theory && cp runs/theory/*.png benchmark/results/theory/
+	grep -E '^(section|3),' runs/theory/all.csv > benchmark/results/theory/planning_bound.csv
 
 confounding: .venv/.train  ## the study of confounding updates (hours); finished runs are skipped
 	.venv/bin/python -m benchmark.confounding
