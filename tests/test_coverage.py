@@ -67,6 +67,7 @@ def test_the_metrics_are_of_the_last_rollout_and_the_agent_after_it(tmp_path, mo
     assert events["coverage/distinct"][1][-1] == pytest.approx(len(rows.flatten(1).unique(dim=0)) / 32)
 
 
+@pytest.mark.slow
 def test_a_run_ends_after_its_own_steps_and_goes_on_to_more(tmp_path):
     """The step size falls as over the longer schedule, before a stop and after it."""
     settings = SMALL | {"anneal_over": 320, "run_dir": tmp_path}
