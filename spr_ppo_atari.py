@@ -298,10 +298,7 @@ def follow(target: Agent, agent: Agent, rate: float) -> None:
 
 
 def augment(frames: Tensor, noise: torch.Generator) -> Tensor:
-    """Frames (B, 84, 84, 4) uint8, shifted by up to 4 pixels and up to 10 % brighter or darker, as `encode` takes them.
-
-    One shift and one factor a row, so that its 4 frames stay a film. What comes in at an edge repeats the edge.
-    """
+    """Films (B, 84, 84, 4) uint8, each shifted by up to 4 pixels (edges repeat) and up to 10 % brighter or darker."""
     B, size, device = len(frames), frames.shape[1], frames.device
     shifts = torch.randint(-4, 5, (2, B, 1), generator=noise, device=device)
     y, x = (torch.arange(size, device=device) + shifts).clamp(0, size - 1)  # (B, 84) each
