@@ -64,7 +64,7 @@ def welch(a: np.ndarray, b: np.ndarray):
 
 
 def difference(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
-    """Mean of a (n,) less that of b (m,), and Welch's interval: 95 %; nan where nothing varies, or n or m is 1."""
+    """Mean of a (n,) less that of b (m,), and Welch's interval of 1 - level: nan if nothing varies, or n or m is 1."""
     mean, low, high = a.mean() - b.mean(), math.nan, math.nan
     if min(len(a), len(b)) > 1 and varies(a, b):
         low, high = welch(a, b).confidence_interval(1 - level)
