@@ -60,10 +60,13 @@ def test_tables(monkeypatch):
         "deep_spi-8x128": {FINAL: np.array([0.0]), LAST: np.array([5.0])},
     }
     monkeypatch.setattr(parallelism, "scores_of", lambda suite: {TASK: scores} if suite == "parallelism-lunar" else {})
-    ppo = [(share, 4, 2, "", "", "", "") for share in (0.5, 0.6, 0.7)]
+    ppo, other = (
+        [(share, variance, 2, "", "", "", "") for share, variance in runs]
+        for runs in (((0.5, 3), (0.6, 4), (0.7, 5)), ((0.5, 7), (0.6, 8), (0.55, 9)))
+    )
     write(
         parallelism.FILE,
-        {"ppo-8x128": ppo, "ppo-128x8": ppo[:2], "deep_spi-8x128": [(1, 9, 0.25, 0.02, 0.01, 0.3, 0.4)]},
+        {"ppo-8x128": ppo, "ppo-128x8": other, "deep_spi-8x128": [(1, 9, 0.25, 0.02, 0.01, 0.3, 0.4)]},
     )
     first, second, third = rows(parallelism.score_table())
     # Student's t with two degrees of freedom: 4.3027 x 10 / √3 = 24.8
@@ -74,7 +77,8 @@ def test_tables(monkeypatch):
     ]  # fmt: skip
     (row,) = rows(parallelism.difference_table())  # Deep SPI has one shape
     # equal spreads: four degrees of freedom, 2.7764 x 10 x √(2/3) = 22.7; at 97.5 %, 3.4954 x 10 x √(2/3) = 28.5
-    assert row[:5] == [TASK, "PPO", "3, 3", "+30.0 [+7.3, +52.7]", "+30.0 [+1.5, +58.5]"]
+    assert row[1:5] == ["PPO, 128 × 8 − 8 × 128", "3, 3", "+30.0 [+7.3, +52.7]", "+30.0 [+1.5, +58.5]"]
+    assert row[6] == "+4 [+1.7, +6.3]"  # 2.7764 x 1 x √(2/3) = 2.27
 
 
 def test_no_runs_are_no_tables(tmp_path):

@@ -79,20 +79,34 @@ def score_table() -> str:
     return markdown(header, rows) if rows else "None yet."
 
 
-def difference_table() -> str:
-    """Markdown: final policies of 128 × 8 - 8 × 128, where there are two runs of each or more, by Welch's test.
+def comparisons() -> list[tuple[str, str, str]]:
+    """Label and two algorithms of each: the protocol's for the two scripts, then those that only describe."""
+    pairs = [("128x8", "8x128"), ("32x32", "8x128")]
+    label = "{}, {} − {}".format
+    shapes = [(label(NAMES[each], a, b), f"{each}-{a}", f"{each}-{b}") for a, b in pairs for each in NAMES]
+    scripts = [(f"Deep SPI − PPO, {shape}", f"deep_spi-{shape}", f"ppo-{shape}") for shape in SHAPES]
+    return [(text.replace("x", " × "), a, b) for text, a, b in shapes + scripts]
 
-    Once at the level of one comparison and once at that for two, as there are two algorithms.
+
+def difference_table() -> str:
+    """Markdown: differences of final policies, where there are two runs of each or more, by Welch's test.
+
+    Once at the level of one comparison and once at that for two, as the protocol's are for two algorithms. Beside them
+    the difference of the observations' variance in the second tenth, at the level of one.
     """
     rows = []
-    for task, algorithms in (item for suite in STUDY for item in scores_of(suite).items()):
-        for script, name in NAMES.items():
-            a, b = (algorithms.get(f"{script}-{shape}", {}).get(FINAL, ()) for shape in ("128x8", "8x128"))
+    found = [(suite, *item) for suite in STUDY for item in scores_of(suite).items()]
+    for suite, task, algorithms in found:
+        for label, *names in comparisons():
+            a, b = (algorithms.get(name, {}).get(FINAL, ()) for name in names)
             if min(len(a), len(b)) > 1:
                 intervals = [cell(*difference(a, b, level), "+z.1f") for level in (LEVEL, LEVEL / 2)]
-                rows.append([task, name, f"{len(a)}, {len(b)}", *intervals, visible_cell(a, b, "z.1f")])
-    header = ["task", "algorithm", "seeds", "128 × 8 − 8 × 128 [95 % interval]", "the same, 97.5 %", "could have seen"]
-    return markdown(header, rows) if rows else "None yet."
+                keys = [{"suite": suite, "algorithm": name, "task": task} for name in names]
+                variance = difference(*(column(FILE, 2, "observation_variance", **key) for key in keys))
+                seeds = f"{len(a)}, {len(b)}"
+                rows.append([task, label, seeds, *intervals, visible_cell(a, b, "z.1f"), cell(*variance, "+.2g")])
+    header = ["task", "comparison", "seeds", "difference [95 % interval]", "the same, 97.5 %", "could have seen"]
+    return markdown([*header, "variance of s, second tenth"], rows) if rows else "None yet."
 
 
 def main(words: list[str] | None = None) -> None:
