@@ -37,13 +37,16 @@ def test_runs_are_kept_with_the_losses_that_they_have(tmp_path):
         assert auxiliary.collect(folder) == 3
         written = read_table(auxiliary.FILE)
         assert [(row["algorithm"], int(row["tenth"])) for row in written] == [
-            (name, i) for name in ("dbc", "spr") for i in range(1, 11)
+            (name, i) for name in ("dbc", "ppo", "spr") for i in range(1, 11)
         ]
     logged = read_events(folder / "spr" / "Krull-v5" / "1")["world_model/spr_loss"][1]
-    np.testing.assert_allclose([float(row["spr"]) for row in written[10:]], logged, rtol=1e-4)
-    dbc, spr = rows(auxiliary.loss_table())[::-1]
-    assert [bool(cell) for cell in spr] == [True, True, True, False, False, True, False, True]
-    assert [bool(cell) for cell in dbc] == [True, True, True, True, True, False, True, True]
+    np.testing.assert_allclose([float(row["spr"]) for row in written[20:]], logged, rtol=1e-4)
+    ppo, spr, dbc = rows(auxiliary.loss_table())
+    assert [bool(cell) for cell in ppo] == [True, True, True, False, False, False, False, False, True]
+    assert [bool(cell) for cell in spr] == [True, True, True, False, False, True, False, True, True]
+    assert [bool(cell) for cell in dbc] == [True, True, True, True, True, False, True, True, True]
+    entropy = read_events(folder / "ppo" / "Krull-v5" / "1")["losses/entropy"][1][-1]
+    assert ppo[-1] == f"{entropy:.2f}"
     assert all(cell.count(" : ") == 1 for cell in dbc[3:5] + dbc[6:7] + spr[5:6])
     assert auxiliary.deepmdp_table() == "None yet." == auxiliary.difference_table()
     assert len(rows(auxiliary.score_table())) == 3

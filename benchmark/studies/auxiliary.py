@@ -1,8 +1,8 @@
 """Suite `auxiliary`, kinds of auxiliary loss and their places: python -m benchmark.studies.auxiliary FOLDER
 
 FOLDER is the suite's (runs/benchmark/auxiliary). Keeps its finished runs in results/suites/auxiliary, and what each
-paid of its own loss in each tenth of training in results/auxiliary_losses.csv. The tables come from these. The protocol
-is in benchmark/PROTOCOL.md, under "Evidence at length".
+paid of its own loss in each tenth of training, with its policy's entropy, in results/auxiliary_losses.csv. The tables
+come from these. The protocol is in benchmark/PROTOCOL.md, under "Evidence at length".
 """
 
 import argparse
@@ -28,6 +28,7 @@ METRICS = {  # column → metric
     "bisimulation": "world_model/bisimulation_loss",
     "bisimulation_constant": "world_model/bisimulation_loss_constant",
     "latent_variance": "world_model/latent_variance",
+    "entropy": "losses/entropy",
 }
 # Own loss and trivial predictor's.
 PAIRS = (
@@ -71,7 +72,7 @@ COMPARISONS = [  # in the protocol's order: a loss against none, then its two pl
 
 
 def collect(folder: Path) -> int:
-    """Keep the finished runs, and the losses of those with an auxiliary loss; return the runs' number."""
+    """Keep the finished runs, with their losses and entropies; return the runs' number."""
     kept = keep(folder, FOLDER)
     runs = [(run_dir, dict(zip(KEY, run_dir.parts[-3:], strict=True))) for run_dir in finished(folder)]
     add(FILE, [row for run_dir, key in runs for row in rows_of(run_dir, key, METRICS)])
@@ -115,20 +116,21 @@ def difference_table() -> str:
 
 
 def loss_table() -> str:
-    """Markdown: what each paid of its own loss in the last tenth, beside a trivial predictor; means over seeds."""
+    """Markdown, the last tenth: own loss beside a trivial predictor's, means over seeds; each seed's entropy."""
     rows = []
     runs = {(row["task"], row["algorithm"]) for row in read_table(FILE)}
     for task, name in ((task, name) for task in sorted({run[0] for run in runs}) for name in NAMES):
         if (task, name) not in runs:
             continue
         of = {each: column(FILE, TENTHS, each, task=task, algorithm=name) for each in METRICS}
-        row = [task, NAMES[name], str(len(of["latent_variance"]))]
+        row = [task, NAMES[name], str(len(of["entropy"]))]
         for own, trivial in PAIRS:
             own = own if len(of[own]) else own.removesuffix("_mean")  # DBC's ℓ_P is a density's, not a sample's
             row.append(" : ".join(f"{of[each].mean():.2g}" for each in (own, trivial) if len(of[each])))
-        rows.append([*row, f"{of['latent_variance'].mean():.2g}"])
+        variance = f"{of['latent_variance'].mean():.2g}" if len(of["latent_variance"]) else ""
+        rows.append([*row, variance, ", ".join(f"{value:.2f}" for value in of["entropy"])])
     header = ["task", "algorithm", "seeds", "ℓ_P : copying", "ℓ_R : always 0", "ℓ_SPR : copying", "ℓ_B : one latent"]
-    return markdown([*header, "variance of z"], rows) if rows else "None yet."
+    return markdown([*header, "variance of z", "entropy of π, each seed"], rows) if rows else "None yet."
 
 
 def deepmdp_table() -> str:
