@@ -1,6 +1,8 @@
 """Tables and pictures: what README shows is what the committed results say."""
 
+import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from benchmark import common
 from benchmark.launch import keep
 from benchmark.launch.plan import PlannedRun, settings_of
-from benchmark.launch.worker import find
+from benchmark.launch.worker import find, log_path
 from benchmark.report import collect, figures, learning_curve
 from benchmark.report.runs import read_known_scores
 from benchmark.studies import pilot
@@ -82,8 +84,11 @@ def test_learning_curve_of_a_run_without_episodes_is_refused(tmp_path):
     assert refused.value.code == 2
 
 
-def test_kept_runs_are_small_and_still_finished(tmp_path):
-    """Without weights and without a path of the machine; to the launcher, put back, they are finished runs."""
+def test_kept_runs_are_small_and_still_finished(tmp_path, capsys):
+    """Without weights and without a path of the machine; to the launcher, put back, they are finished runs.
+
+    A run whose policies are still playing is left out: one with a policy that has not played, one that is being made.
+    """
     run = PlannedRun("deep_spi", "CartPole-v1", "CartPole-v1", 1, "deep_spi_ppo.py", {}, 8192)
     settings = settings_of(run)
     run_dir = tmp_path / "suite" / run.name
@@ -98,14 +103,21 @@ def test_kept_runs_are_small_and_still_finished(tmp_path):
     (run_dir / "policies.csv").write_text("global_step,policy,return,length,ended\n64,sampled,9.0,9,1\n")
     (tmp_path / "suite" / "plan.json").write_text("[]")
     (run_dir.parent / "2").mkdir()  # an unfinished one
-    assert keep.keep(tmp_path / "suite", tmp_path / "kept") == 1
+    for seed in "34":
+        shutil.copytree(run_dir, run_dir.with_name(seed))
+    (run_dir.with_name("3") / "policies").mkdir()
+    (run_dir.with_name("3") / "policies" / "128.pt").write_bytes(b"weights")
+    with open(log_path(run_dir.with_name("4")), "w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert keep.keep(tmp_path / "suite", tmp_path / "kept") == [run_dir]
+    assert [line.split()[0][-1] for line in capsys.readouterr().err.splitlines()] == ["3", "4"]
     kept = tmp_path / "kept"
     files = sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file())
     tables = ("episodes.csv", "evaluation.csv", "policies.csv")
     names = [f"{run.name}/{name}" for name in ("config.json", "done.json", *tables)]
     assert files == [*names, "plan.json", "plan.json.lock"]
     assert not [path for path in files if str(tmp_path) in (kept / path).read_text()]
-    assert keep.keep(kept, tmp_path / "back") == 1
+    assert keep.keep(kept, tmp_path / "back") == [kept / run.name]
     assert find(tmp_path / "back" / run.name, run, settings).state == "finished"
 
 

@@ -1,30 +1,48 @@
 """Keep what a report needs of a suite's finished runs: python -m benchmark.keep FROM TO
 
 Copies plan.json and, of each finished run, done.json, episodes.csv, evaluation.csv and policies.csv if there are, and
-config.json without the machine's paths: no weights, no TensorBoard files. Works both ways: from runs/benchmark/SUITE
-into benchmark/results/suites/SUITE, to be committed, and back, where `benchmark.run` then skips these runs and
-`benchmark.report` reports them.
+config.json without the machine's paths: no weights, no TensorBoard files. A run whose policies have games still to play
+is left out, and named. Works both ways: from runs/benchmark/SUITE into benchmark/results/suites/SUITE, to be committed,
+and back, where `benchmark.run` then skips these runs and `benchmark.report` reports them.
 """
 
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
-from benchmark.common import NAMES_OF_A_RUN
+from benchmark.common import NAMES_OF_A_RUN, read_table
 from benchmark.launch.plan import PlannedRun, write_plan
+from benchmark.launch.policies import games_on_the_way, unplayed
+from benchmark.launch.worker import is_being_made
 
 EVALUATIONS = ("evaluation.csv", "policies.csv")
 
 
-def keep(source: Path, target: Path) -> int:
-    """Copy the runs below `source`; their number. A finished run that `target` already has is written anew.
+def finished(source: Path) -> list[Path]:
+    """The folders of a suite's finished runs, in order; without those that are still playing, which are named."""
+    runs = sorted(path.parent for path in source.glob("*/*/*/done.json") if ".broken-" not in path.parent.name)
+    playing = list(filter(is_playing, runs))
+    for run_dir in playing:
+        print(f"{run_dir} is left out: its policies have games still to play; start its suite again", file=sys.stderr)
+    return [run_dir for run_dir in runs if run_dir not in playing]
+
+
+def is_playing(run_dir: Path) -> bool:
+    """Whether its worker is at it, or was stopped before each policy on the way had played its share of games."""
+    games = sum(row["policy"] == "sampled" for row in read_table(run_dir / "evaluation.csv"))
+    return is_being_made(run_dir) or bool(unplayed(run_dir, games_on_the_way(games)))
+
+
+def keep(source: Path, target: Path) -> list[Path]:
+    """Copy the finished runs below `source`, and return their folders. One that `target` already has is written anew.
 
     Raises SystemExit(1) if there is nothing to keep, or if `target` has one of the runs unfinished or unlike.
     """
     if not source.is_dir():
         raise SystemExit(f"error: FROM: there is no folder {source}")
-    kept = sorted(path.parent for path in source.glob("*/*/*/done.json") if ".broken-" not in path.parent.name)
+    kept = finished(source)
     if not kept:
         raise SystemExit(f"error: FROM: no finished run in {source}; it should be a suite's folder")
     for run_dir in kept:
@@ -53,7 +71,7 @@ def keep(source: Path, target: Path) -> int:
     if (source / "plan.json").exists():
         plan = [PlannedRun(**run) for run in json.loads((source / "plan.json").read_text(encoding="utf-8"))]
         write_plan(target / "plan.json", plan)  # which leaves in it what was planned there
-    return len(kept)
+    return kept
 
 
 def main(words: list[str] | None = None) -> None:
@@ -62,4 +80,4 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, metavar="FROM")
     parser.add_argument("target", type=Path, metavar="TO")
     arguments = parser.parse_args(words)
-    print(f"{keep(arguments.source, arguments.target)} finished runs kept in {arguments.target}")
+    print(f"{len(keep(arguments.source, arguments.target))} finished runs kept in {arguments.target}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmark.common import RESULTS, markdown, mean_interval, read_table
 from benchmark.launch.keep import keep
 from benchmark.report.scores import FINAL, LAST, Scores, cell, difference, read_scores, visible_cell
-from benchmark.studies.by_tenths import add, column, finished, rows_of
+from benchmark.studies.by_tenths import add, column, rows_of
 from benchmark.studies.transition import TENTHS
 
 FOLDER, FILE = RESULTS / "suites" / "auxiliary", RESULTS / "auxiliary_losses.csv"
@@ -73,10 +73,9 @@ COMPARISONS = [  # in the protocol's order: a loss against none, then its two pl
 
 def collect(folder: Path) -> int:
     """Keep the finished runs, with their losses and entropies; return the runs' number."""
-    kept = keep(folder, FOLDER)
-    runs = [(run_dir, dict(zip(KEY, run_dir.parts[-3:], strict=True))) for run_dir in finished(folder)]
+    runs = [(run_dir, dict(zip(KEY, run_dir.parts[-3:], strict=True))) for run_dir in keep(folder, FOLDER)]
     add(FILE, [row for run_dir, key in runs for row in rows_of(run_dir, key, METRICS)])
-    return kept
+    return len(runs)
 
 
 def scores() -> Scores:

@@ -37,12 +37,6 @@ def rows_of(run_dir: Path, key: dict[str, str], metrics: dict[str, str]) -> list
     ]
 
 
-def finished(folder: Path) -> list[Path]:
-    """The folders of a suite's finished runs, in order."""
-    done = sorted(path.parent for path in folder.glob("*/*/*/done.json"))
-    return [run_dir for run_dir in done if ".broken-" not in run_dir.name]
-
-
 def add(file: Path, rows: list[dict]) -> None:
     """Add the rows to the file, in place of those of the same runs. What stands before `tenth` names a run."""
     if not rows:

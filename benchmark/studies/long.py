@@ -16,7 +16,7 @@ from benchmark.launch.keep import keep
 from benchmark.report.pictures import COLOURS, LINES, called, save_figure
 from benchmark.report.runs import FinishedRun, read_known_scores, read_results
 from benchmark.report.scores import cell
-from benchmark.studies.by_tenths import add, finished, rows_of
+from benchmark.studies.by_tenths import add, rows_of
 from benchmark.studies.transition import LOSSES, TENTHS
 
 matplotlib.use("Agg")
@@ -29,10 +29,9 @@ KEY = ("algorithm", "task", "seed")
 
 def collect(folder: Path) -> int:
     """Keep the finished runs, and the losses of those with a world model; return the runs' number."""
-    kept = keep(folder, FOLDER)
-    runs = [(run_dir, dict(zip(KEY, run_dir.parts[-3:], strict=True))) for run_dir in finished(folder)]
+    runs = [(run_dir, dict(zip(KEY, run_dir.parts[-3:], strict=True))) for run_dir in keep(folder, FOLDER)]
     add(FILE, [row for run_dir, key in runs for row in rows_of(run_dir, key, LOSSES)])
-    return kept
+    return len(runs)
 
 
 def score(run: FinishedRun, step: int) -> tuple[float, float, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmark.common import RESULTS, markdown, mean_interval
 from benchmark.launch.keep import keep
 from benchmark.report.scores import FINAL, LAST, LEVEL, Scores, cell, difference, read_scores, visible_cell
-from benchmark.studies.by_tenths import add, column, finished, rows_of
+from benchmark.studies.by_tenths import add, column, rows_of
 from benchmark.studies.transition import TENTHS
 from benchmark.suites import SHAPES
 
@@ -34,14 +34,13 @@ NAMES = {"ppo": "PPO", "deep_spi": "Deep SPI"}
 
 def collect(folder: Path) -> int:
     """Keep the finished runs and their rows, in place of those of the same runs; return the runs' number."""
-    suites = [suite for suite in STUDY if finished(folder / suite)]
+    suites = [suite for suite in STUDY if any((folder / suite).glob("*/*/*/done.json"))]
     if not suites:
         raise SystemExit(f"error: FOLDER: no finished run of {', '.join(STUDY)} in {folder}")
-    kept = sum(keep(folder / suite, FOLDER / suite) for suite in suites)
-    for suite in suites:
-        for run_dir in finished(folder / suite):
-            add(FILE, rows_of(run_dir, dict(zip(KEY, (suite, *run_dir.parts[-3:]), strict=True)), METRICS))
-    return kept
+    runs = [(suite, run_dir) for suite in suites for run_dir in keep(folder / suite, FOLDER / suite)]
+    for suite, run_dir in runs:
+        add(FILE, rows_of(run_dir, dict(zip(KEY, (suite, *run_dir.parts[-3:]), strict=True)), METRICS))
+    return len(runs)
 
 
 def scores_of(suite: str) -> Scores:
