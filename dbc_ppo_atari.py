@@ -10,12 +10,12 @@
     ℓ    = ℓ_P + ℓ_R + ½ ℓ_B,    ℓ_B(i) = mean of (|z_i - z_j| - |r_i - r_j| - γ W(P̄_i, P̄_j))²,    j at random
     loss = PPO's + α E[ℓ] (additive, published), or α ℓ inside its clip: U = A - α ℓ (utility)
 
-    φ  encoder, bottleneck     P̄  transition_model    ℓ_P  transition_loss      W  distance of two normals
+    φ  encoder, bottleneck     P̄  transition_model    ℓ_P  transition_loss      W  2-Wasserstein distance
     z  its latent, 50 numbers  R̄  reward_decoder      ℓ_R  reward_loss          ℓ_B  bisimulation_loss
     α  dbc_loss_coef
 
 "Learning Invariant Representations for RL without Reconstruction" published this, deep bisimulation for control, on
-SAC, off the policy. The port to PPO is ours: games, sampling and settings of its siblings, but φ ends in DBC's own
+SAC, off-policy. The port to PPO is ours: games, sampling and settings of its siblings, but φ ends in DBC's own
 bottleneck. Of such losses the talk on Deep SPI (Delgrange, Avalos and Röpke, ICLR 2026) says: "Let's just add L_R, L_P
 to the loss? No, we can't!" `--loss-placement` asks that of this one. Diff me against `deep_spi_ppo_atari.py`. With
 coefficient 0 this is `ppo_baseline.py` with the bottleneck, to the last bit on a CPU in float32: compare with that to
@@ -283,9 +283,9 @@ def reward_loss(predicted_rewards: Tensor, rewards: Tensor) -> Tensor:
 def transition_loss(mean: Tensor, std: Tensor, next_z: Tensor) -> Tensor:
     """ℓ_P(s,a,s') = ½((μ - z')/σ)² + ln σ, mean over the latent, per transition: (M,). z' is detached.
 
-    It is -ln of a density, over 50, but for a constant: where P̄ is sure and right it is negative. Then, in U = A - αℓ,
-    U > A. Its gradient grows as σ falls. One clip bounds the gradient of all losses together: watch losses/grad_norm,
-    as a large one leaves little of PPO's.
+    It is -ln of a density, divided by 50, without the constant: where P̄ is sure and right it is negative. Then, in
+    U = A - αℓ, U > A. Its gradient grows as σ falls. max_grad_norm bounds the gradient of all losses together: watch
+    losses/grad_norm, as a large one leaves little of PPO's.
     """
     return (0.5 * ((mean - next_z.detach()) / std).square() + std.log()).mean(-1)
 
@@ -295,7 +295,7 @@ def bisimulation_loss(z: Tensor, mean: Tensor, std: Tensor, rewards: Tensor, oth
 
     W_ij = √((μ_i - μ_j)² + (σ_i - σ_j)²). All for each number of the latent, and |·| as smooth-L1: so in the authors'
     code. Their paper takes norms over the latent first, (‖z_i - z_j‖₁ - |r_i - r_j| - γ W₂)². The two distances are the
-    target, without gradient; z_i and z_j are what learns.
+    target, without gradient; z_i and z_j are what learns: so row i's loss also pulls z_j.
     """
     mean, std = mean.detach(), std.detach()
     z_distance = F.smooth_l1_loss(z, z[other], reduction="none")  # (M, D)
@@ -305,7 +305,7 @@ def bisimulation_loss(z: Tensor, mean: Tensor, std: Tensor, rewards: Tensor, oth
 
 
 def partners(mask: Tensor, noise: torch.Generator) -> Tensor:
-    """For each row another at random: a permutation (M,) that takes real rows to real rows, and dummies to dummies."""
+    """For each row one at random, perhaps itself: a permutation (M,) of the real rows, and of the dummies."""
     dummy = 1 - mask
     rows = dummy.argsort(stable=True)  # real ones first
     shuffled = (torch.rand(len(mask), generator=noise, device=mask.device) + 2 * dummy).argsort()  # they too
@@ -333,7 +333,7 @@ def latents(agent: Agent, batch: Transitions) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def what_the_model_knows(z: Tensor, next_z: Tensor, mean: Tensor, std: Tensor, batch: Transitions) -> dict[str, Tensor]:
-    """ℓ_P of z' ~ N(z, σ²), σ² as the batch has it; squared error of μ over that of z; ℓ_R of 0; the variance of z."""
+    """ℓ_P of z' ~ N(z, σ²), σ² fitted to this batch; squared error of μ over that of z; ℓ_R of 0; variance of z."""
     share = batch.mask[:, None] / batch.mask.sum().clamp(min=1)  # of a row in a mean
     errors, copy_errors = (((x - next_z).square() * share).sum(0) for x in (mean, z))  # (D,)
     best_std = copy_errors.sqrt().clamp(min=1e-4)

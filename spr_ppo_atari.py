@@ -11,10 +11,11 @@
     loss     = PPO's + α E[ℓ_SPR] (additive, published), or α ℓ_SPR inside its clip: U = A - α ℓ_SPR (utility)
 
     φ  encoder, renormalised    h  transition_model     g  fc, also the head's first layer     q  predictor
-    z  its latent               ẑ  predicted            g̃, z̃  of a target that follows        α  spr_loss_coef
+    z  its latent               ẑ  predicted            g̃, z̃  of the target, a copy of the agent that follows it
+    α  spr_loss_coef            m  1 where t + k is in the chunk and the episode of t
 
-Published on Rainbow, off the policy; the port to PPO is ours, with the siblings' games, sampling and settings. The talk
-says "Let's just add L_R, L_P to the loss? No, we can't!"; `--loss-placement` asks that of this one. Diff me against
+Published on Rainbow, off-policy; the port to PPO is ours, with its siblings' settings. Of such losses the talk on Deep
+SPI says "Let's just add L_R, L_P to the loss? No, we can't!": `--loss-placement` asks. Diff me against
 `deep_spi_ppo_atari.py`. Coefficient 0: `ppo_baseline.py` with renormalised latents, bit for bit on a CPU in float32.
 """
 
@@ -184,7 +185,7 @@ def renormalize(z: Tensor) -> Tensor:
 
 
 class TransitionModel(nn.Module):
-    """h(z, a): the next latent (h, w, C), renormalised. Only the loss runs it: BatchNorm enters no acting."""
+    """h(z, a): the next latent, renormalised. Only the loss runs it: BatchNorm enters no acting."""
 
     def __init__(self, latent_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
@@ -192,7 +193,7 @@ class TransitionModel(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(C + num_actions, C, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.BatchNorm2d(C),  # over every row (published), one past an end too: here alone the mask does not reach
+            nn.BatchNorm2d(C),  # its statistics are of every row, as published: also of those that the loss masks
             nn.Conv2d(C, C, 3, padding=1),
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
@@ -205,7 +206,7 @@ class TransitionModel(nn.Module):
 
 
 class Agent(nn.Module):
-    """π = π̄∘φ and its critic, with h and q, which look ahead from the same latent."""
+    """π = π̄∘φ and its critic, with h and q, which look ahead with the same φ."""
 
     def __init__(self, num_actions: int):
         super().__init__()
@@ -309,7 +310,7 @@ def augment(frames: Tensor, noise: torch.Generator) -> Tensor:
 
 
 def look_ahead(agent: Agent, target: Agent, batch: Transitions, augmentation: bool, noise: torch.Generator) -> tuple:
-    """For each k, q(g(ẑ_{t+k})) if t + k is in the chunk, (B, L - k + 1, 512); and targets g̃(z̃), (B, L + 1, 512)."""
+    """Of B chunks: for each k, q(g(ẑ_{t+k})), (B, L - k + 1, 512), up to the last s'; targets g̃(z̃), (B, L + 1, 512)."""
 
     def view(who: Agent, obs: Tensor) -> Tensor:
         """Latents of frames (B, n, ...) as the loss sees them, each time others: augmented, or with dropout in φ."""
@@ -321,7 +322,7 @@ def look_ahead(agent: Agent, target: Agent, batch: Transitions, augmentation: bo
     with torch.no_grad():
         targets = target.fc(view(target, batch.obs).flatten(2))
     z, actions, predictions = view(agent, batch.obs[:, :L]), batch.actions.view(B, L), []
-    for k in range(1, min(K, L) + 1):  # z becomes ẑ_{t+k}, where there is one
+    for k in range(1, min(K, L) + 1):  # z becomes ẑ_{t+k}, without those beyond the chunk
         z = agent.transition_model(z[:, : L - k + 1].flatten(0, 1), actions[:, k - 1 :].flatten()).unflatten(0, (B, -1))
         predictions.append(agent.predictor(agent.fc(z.flatten(2))))
     return predictions, targets
@@ -331,7 +332,8 @@ def spr_loss(predictions: list[Tensor], targets: Tensor, mask: Tensor) -> tuple[
     """ℓ_SPR(t) = Σ_k m_{t,k} (1 - cos(q(g(ẑ_{t+k})), g̃(z̃_{t+k}))), and Σ_k m_{t,k}, per transition: (M,).
 
     m_{t,k} = 1 if the steps from t to t + k are all real and in the chunk: an episode's last step is predicted, nothing
-    is beyond it. A row late in its chunk has less to predict: less loss, more utility. (Published: ½‖·‖², the same.)
+    beyond it is. A row late in its chunk has less to predict: less loss, more utility. BatchNorm ties the rows.
+    (The paper has -cos; the authors' code the squared distance, which is 2 (1 - cos): hence α = 2.)
     """
     mask = mask.view(len(targets), -1)  # (B, L)
     loss, pairs, real = torch.zeros_like(mask), torch.zeros_like(mask), mask
@@ -357,7 +359,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def what_the_model_knows(z: Tensor, predictions: list[Tensor], targets: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """ℓ_SPR beside that of the target at t for all that follow, and of the mean target; the variance of z."""
+    """ℓ_SPR beside that of the target at t for every k (augmented otherwise), and of the mean target; variance of z."""
     z, share = z.float().flatten(1), mask[:, None] / mask.sum().clamp(min=1)
     copies = [targets[:, : x.shape[1]] for x in predictions]
     means = [targets.mean((0, 1)).expand_as(x) for x in predictions]
