@@ -15,7 +15,7 @@
     α  spr_loss_coef            m  1 where t + k is in the chunk and the episode of t
 
 Published on Rainbow, off-policy; the port to PPO is ours, with its siblings' settings. Of such losses the talk on Deep
-SPI says "Let's just add L_R, L_P to the loss? No, we can't!": `--loss-placement` asks. Diff me against
+SPI says "Let's just add L_R, L_P to the loss? No, we can't!": `--loss-placement` asks it here. Diff me against
 `deep_spi_ppo_atari.py`. Coefficient 0: `ppo_baseline.py` with renormalised latents, bit for bit on a CPU in float32.
 """
 
@@ -332,8 +332,8 @@ def spr_loss(predictions: list[Tensor], targets: Tensor, mask: Tensor) -> tuple[
     """ℓ_SPR(t) = Σ_k m_{t,k} (1 - cos(q(g(ẑ_{t+k})), g̃(z̃_{t+k}))), and Σ_k m_{t,k}, per transition: (M,).
 
     m_{t,k} = 1 if the steps from t to t + k are all real and in the chunk: an episode's last step is predicted, nothing
-    beyond it is. A row late in its chunk has less to predict: less loss, more utility. BatchNorm ties the rows.
-    (The paper has -cos; the authors' code the squared distance, which is 2 (1 - cos): hence α = 2.)
+    beyond it is. A row late in its chunk has less to predict: less loss, more utility. Through BatchNorm its loss pulls
+    on all rows. (The paper has -cos; the authors' code the squared distance, which is 2 (1 - cos): hence α = 2.)
     """
     mask = mask.view(len(targets), -1)  # (B, L)
     loss, pairs, real = torch.zeros_like(mask), torch.zeros_like(mask), mask
@@ -359,7 +359,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def what_the_model_knows(z: Tensor, predictions: list[Tensor], targets: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """ℓ_SPR beside that of the target at t for every k (augmented otherwise), and of the mean target; variance of z."""
+    """ℓ_SPR beside that of the target at t for every k (in another view), and of the mean target; variance of z."""
     z, share = z.float().flatten(1), mask[:, None] / mask.sum().clamp(min=1)
     copies = [targets[:, : x.shape[1]] for x in predictions]
     means = [targets.mean((0, 1)).expand_as(x) for x in predictions]
