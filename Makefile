@@ -11,10 +11,10 @@ train: .venv/.train  ## solve CartPole-v1 with Deep SPI and draw the learning cu
 test: .venv/.test  ## lint and the fast tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -q -m "not slow"
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/.test  ## the longer checks
-	.venv/bin/python -m pytest -q -rs -m slow
+	.venv/bin/python -m pytest -q -rs -n 2 --dist worksteal -m slow
 
 control: .venv/.benchmark  ## PPO, additive, Deep SPI on the control tasks, 10 seeds (hours); finished runs are skipped
 	.venv/bin/python -m benchmark.run --suite control --algorithms ppo additive deep_spi --workers 2

@@ -218,7 +218,8 @@ def test_loss_is_that_of_plain_loops(placement):
     total.backward()
     torch.testing.assert_close(loss, total)
     for name, parameter in agent.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        bound = 1e-5 * parameter.grad.abs().max().item()  # rows cancel: the error is that of the terms, not of the sum
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=bound, msg=name)
     assert gradients["encoder.0.weight"].abs().max() > 0 and gradients["reward_model.output.weight"].abs().max() > 0
 
 
