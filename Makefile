@@ -14,7 +14,7 @@ test: .venv/.test  ## lint and the fast tests
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/.test  ## the longer checks
-	.venv/bin/python -m pytest -q -rs -n 2 --dist worksteal -m slow
+	.venv/bin/python -m pytest -q -rs -m slow
 
 control: .venv/.benchmark  ## PPO, additive, Deep SPI on the control tasks, 10 seeds (hours); finished runs are skipped
 	.venv/bin/python -m benchmark.run --suite control --algorithms ppo additive deep_spi --workers 2
