@@ -201,7 +201,7 @@ def draw() -> None:
             if not len(seeds):
                 continue
             axis.plot(steps, curve.mean(0), LINES.get(arm, "-"), color=LOOK[arm], label=called)
-            if len(seeds) > 1:
+            if len(seeds) > 2:  # the interval of two would fill the picture
                 axis.fill_between(steps, *mean_interval(curve), color=LOOK[arm], alpha=0.15, linewidth=0)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k
     for level in (4.8, 8.01):  # of always RIGHT, and of the best policy: what the paper has of PPO, and of Deep SPI
