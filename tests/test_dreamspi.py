@@ -16,7 +16,7 @@ import dream_spi
 import dream_spi_atari
 from benchmark.common import read_events
 from tests.conftest import STOP_SIGNALS
-from tests.launch import launch
+from tests.launch import launch_all
 
 SCRIPTS = (dream_spi_atari, dream_spi)
 ids = lambda script: script.__name__  # noqa: E731
@@ -580,12 +580,15 @@ def test_bad_input_is_refused_in_one_line(script, case, capsys):
 
 
 @pytest.mark.slow
-def test_defaults_solve_cartpole_in_imagination(tmp_path):
-    """An actor that never saw a gradient of real data."""
-    done = launch("dream_spi.py", ["--run-dir", str(tmp_path / "run"), "--seed", "1"])
-    assert done.returncode == 0, done.stderr
-    returns = np.loadtxt(tmp_path / "run" / "episodes.csv", delimiter=",", skiprows=1)[-100:, 1]
-    assert returns.mean() >= 475
+def test_acrobot_is_solved_in_imagination(tmp_path):
+    """By an actor that never saw a gradient of real data, as the README says, and not by one lucky seed."""
+    flags = ["--env-id", "Acrobot-v1", "--horizon", "15"]
+    runs = {seed: tmp_path / seed for seed in ("1", "2")}
+    done = launch_all({s: ("dream_spi.py", [*flags, "--seed", s, "--run-dir", str(runs[s])]) for s in runs})
+    for seed, run in runs.items():
+        assert done[seed].returncode == 0, done[seed].stderr
+        returns = np.loadtxt(run / "episodes.csv", delimiter=",", skiprows=1)[-100:, 1]
+        assert returns.mean() >= -100, seed
 
 
 @pytest.mark.parametrize("script", [dream_spi, dream_spi_atari], ids=lambda script: script.__name__)

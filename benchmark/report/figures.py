@@ -61,6 +61,7 @@ TABLES = {
     "planning": planning.planning_table,
     "planning_outcome": planning.outcome,
     "planning_longer": planning.longer_table,
+    "planning_processor": planning.processor_table,
     "planning_horizons": planning.horizons_table,
     "planning_published": planning.published_table,
     "planning_atari": planning.atari_table,

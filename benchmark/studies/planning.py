@@ -203,6 +203,19 @@ def longer_table() -> str:
     return markdown([*header, "error of the imagined return", "ℓ_R", "ℓ_P; no change"], table)
 
 
+def processor_table() -> str:
+    """Markdown: the settings of `longer_table` again, on a processor that rounds otherwise."""
+    runs_of = defaultdict(list)
+    for row in read_table(RESULTS / "dream_spi_processor.csv"):  # started by hand, one torch thread
+        runs_of[row["task"], row["horizon"]].append([float(row[name]) for name in ("last_100", "best_100")])
+    table = []
+    for (task, horizon), returns in sorted(runs_of.items()):
+        last, best = np.array(returns).T
+        each = [", ".join(f"{value:z.0f}" for value in values) for values in (last, best)]
+        table.append([task, horizon, *each, f"{(last >= SOLVED_AT[task]).sum()} of {len(last)}"])
+    return markdown(["task", "H", "last 100 games, each seed", "best 100 games on the way", "solve it"], table)
+
+
 def horizons_table() -> str:
     """Markdown: the last 100 games with horizon 15 less those with 8, in as many steps, by Welch's test."""
     found, table = runs("planning-longer"), []
