@@ -20,17 +20,23 @@ SMALL |= {"update_epochs": 1, "device": "cpu"}
 def own_files(tmp_path, monkeypatch):
     monkeypatch.setattr(long, "FOLDER", tmp_path / "kept")
     monkeypatch.setattr(long, "FILE", tmp_path / "long_losses.csv")
+    monkeypatch.setattr(long, "UNFINISHED", tmp_path / "unfinished")
     monkeypatch.setattr(long, "RESULTS", tmp_path)
 
 
 def finish(run_dir, games, on_the_way):
     """What the launcher adds to a run: returns of the final policy, and of one on the way."""
     (run_dir / "done.json").write_text(json.dumps({"steps": 320, "minutes": 1.0, "sps": 10.0}))
-    for name, first, returns in (("evaluation", [], games), ("policies", [160], on_the_way)):
-        with open(run_dir / f"{name}.csv", "w", newline="") as file:
-            head = ["global_step"] if first else []
-            csv.writer(file).writerows([[*head, "policy", "return", "length", "ended"]])
-            csv.writer(file).writerows([[*first, "sampled", value, 100, "True"] for value in returns])
+    played(run_dir, "evaluation", [], games)
+    played(run_dir, "policies", [160], on_the_way)
+
+
+def played(run_dir, name, first, returns):
+    """Games of policies of a run, sampled; `first`: the step of a policy on the way."""
+    with open(run_dir / f"{name}.csv", "w", newline="") as file:
+        head = ["global_step"] if first else []
+        csv.writer(file).writerows([[*head, "policy", "return", "length", "ended"]])
+        csv.writer(file).writerows([[*first, "sampled", value, 100, "True"] for value in returns])
 
 
 def test_runs_are_kept_with_their_losses_per_dimension(tmp_path):
@@ -57,3 +63,39 @@ def test_runs_are_kept_with_their_losses_per_dimension(tmp_path):
     assert all(line.endswith("| -20.7 | 14.6 | 0.0 |") for line in lines) and len(lines) == 3
     long.draw()
     assert (tmp_path / "long.png").stat().st_size > 10_000
+
+
+def test_an_unfinished_run_is_kept_with_its_policies_until_it_is_finished(tmp_path):
+    folder = tmp_path / "runs" / "long"
+    run_dir = folder / "deep_spi" / "Pong-v5" / "1"
+    args = deep_spi_ppo_atari.Args(**SMALL, run_dir=str(run_dir))
+    deep_spi_ppo_atari.train(args)
+    config = json.loads((run_dir / "config.json").read_text())
+    config["args"]["total_timesteps"] = 1600  # so its 320 steps are two tenths
+    (run_dir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="no finished run"):
+        long.collect(folder)  # it has no games to show
+    with open(run_dir / "policies.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["global_step", "policy", "return", "length", "ended"]])
+        csv.writer(file).writerows([step, "sampled", value, 9, 1] for step in (160, 320) for value in (-21, -19))
+
+    assert long.collect(folder) == 0
+    (curve,) = long.curves()
+    assert not curve.finished and {step: list(own) for step, own in curve.policies.items()} == {
+        160: [-21, -19],
+        320: [-21, -19],
+    }
+    assert long.policies_table().splitlines()[0] == "| steps | Pong, Deep SPI, seed 1, unfinished |"
+    rows = read_table(long.FILE)
+    logged = read_events(run_dir)["world_model/reward_loss"][1].reshape(2, 10)
+    np.testing.assert_allclose([float(row["reward"]) for row in rows], np.median(logged, axis=1), rtol=1e-4)
+    assert "| 2 of 10 |" in long.loss_table()
+    kept = json.loads((tmp_path / "unfinished" / "deep_spi" / "Pong-v5" / "1" / "config.json").read_text())
+    assert "script_path" not in kept and str(tmp_path) not in json.dumps(kept)
+    long.draw()
+
+    finish(run_dir, [-21, -19], [-20, -14])
+    assert long.collect(folder) == 1
+    (curve,) = long.curves()
+    assert curve.finished and list(curve.policies) == [160, 320]
+    assert len(read_table(long.FILE)) == 10 and "unfinished" not in long.policies_table()

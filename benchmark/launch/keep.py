@@ -35,6 +35,14 @@ def is_playing(run_dir: Path) -> bool:
     return is_being_made(run_dir) or bool(unplayed(run_dir, games_on_the_way(games)))
 
 
+def config_to_keep(run_dir: Path) -> dict:
+    """The run's config.json without the machine's paths."""
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    config.pop("script_path", None)
+    config["args"] |= {name: "" for name in ("run_dir", "runs_dir") if name in config["args"]}
+    return config
+
+
 def keep(source: Path, target: Path) -> list[Path]:
     """Copy the finished runs below `source`, and return their folders. One that `target` already has is written anew.
 
@@ -49,9 +57,7 @@ def keep(source: Path, target: Path) -> list[Path]:
         copy = target / run_dir.relative_to(source)
         if copy.exists() and not (copy / "done.json").exists():
             raise SystemExit(f"error: TO: {copy} is an unfinished run; move it away")
-        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        config.pop("script_path", None)
-        config["args"] |= {name: "" for name in ("run_dir", "runs_dir") if name in config["args"]}
+        config = config_to_keep(run_dir)
         if copy.exists():
             kept_config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
             old, new = (each["args"] | {"script": each["script"]} for each in (kept_config, config))

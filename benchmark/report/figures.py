@@ -81,6 +81,7 @@ TABLES = {
     "planning_bound": theory.table,
     "every_game": every_game.table,
     "long_scores": long.score_table,
+    "long_policies": long.policies_table,
     "long_losses": long.loss_table,
     "auxiliary_scores": auxiliary.score_table,
     "auxiliary_differences": auxiliary.difference_table,

@@ -20,14 +20,15 @@ LATENT_SIZE = {
 }
 
 
-def rows_of(run_dir: Path, key: dict[str, str], metrics: dict[str, str]) -> list[dict]:
+def rows_of(run_dir: Path, key: dict[str, str], metrics: dict[str, str], last_step: int | None = None) -> list[dict]:
     """Ten rows of a run: the key, and the median of each metric (column → metric) that it logged, else empty cells.
 
-    No rows if it logged none of them. Raises KeyError if it logged ℓ_P and its script is not in LATENT_SIZE.
+    Tenths are of the run up to last_step, by default the last that it logged. No rows if it logged none of the metrics.
+    Raises KeyError if it logged ℓ_P and its script is not in LATENT_SIZE.
     """
     script = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["script"]
     events = read_events(run_dir)
-    last_step = int(events["charts/SPS"][0][-1])
+    last_step = last_step or int(events["charts/SPS"][0][-1])
     columns = {name: tenths(*events[metric], last_step) for name, metric in metrics.items() if metric in events}
     for name in (name for name, metric in metrics.items() if "/transition_loss" in metric and name in columns):
         columns[name] = columns[name] / LATENT_SIZE[script]
