@@ -99,3 +99,13 @@ def test_an_unfinished_run_is_kept_with_its_policies_until_it_is_finished(tmp_pa
     (curve,) = long.curves()
     assert curve.finished and list(curve.policies) == [160, 320]
     assert len(read_table(long.FILE)) == 10 and "unfinished" not in long.policies_table()
+
+
+def test_policies_of_a_tenth_share_a_row_and_rows_are_in_order_of_steps(monkeypatch):
+    games = np.array([1.0, 1.0])
+    runs = [
+        long.Curve("ppo", "Pong-v5", 1, {1_996_800: games, 10_000_384: games}, True),
+        long.Curve("deepmdp", "Pong-v5", 1, {2_009_600: games}, False),
+    ]
+    monkeypatch.setattr(long, "curves", lambda: runs)
+    assert long.policies_table().splitlines()[2:] == ["| 2.0 M | 1.0 | 1.0 |", "| 10.0 M | 1.0 |  |"]

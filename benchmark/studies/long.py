@@ -110,10 +110,10 @@ def policies_table() -> str:
     rows = {}
     for i, run in enumerate(runs):
         for step in run.policies:  # scripts' rollouts differ: so do their steps, by 1 % of the run
-            rows.setdefault(f"{step / 1e6:.1f} M", [""] * len(runs))[i] = cell(*score(run, step), "z.1f")
+            rows.setdefault(round(step / 1e5), [""] * len(runs))[i] = cell(*score(run, step), "z.1f")
     names = [f"{run.task.removesuffix('-v5')}, {called(run.algorithm)}, seed {run.seed}" for run in runs]
     names = [name + (", unfinished" if not run.finished else "") for name, run in zip(names, runs, strict=True)]
-    return markdown(["steps", *names], [[steps, *cells] for steps, cells in sorted(rows.items())])
+    return markdown(["steps", *names], [[f"{steps / 10:.1f} M", *cells] for steps, cells in sorted(rows.items())])
 
 
 def loss_table() -> str:
