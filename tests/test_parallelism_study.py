@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,8 +82,26 @@ def test_tables(monkeypatch):
     assert row[6] == "+4 [+1.7, +6.3]"  # 2.7764 x 1 x √(2/3) = 2.27
 
 
+def test_every_second_policy_of_each_run(monkeypatch):
+    def run(algorithm, task, seed):
+        return SimpleNamespace(algorithm=algorithm, task=task, seed=seed, policies=policies)
+
+    policies = {200: np.array([1.0, 2.0, 3.0]), 100: np.array([9.0]), 400_000: np.array([-21.0, -21.0]), 300: None}
+    runs = [run(*key) for key in (("ppo-128x8", "sticky", 1), ("ppo-128x8", "plain", 2), ("ppo-8x128", "plain", 1))]
+    monkeypatch.setattr(parallelism, "runs_of", {"parallelism-pong": runs}.get)
+    table = parallelism.policy_table()
+    assert table.splitlines()[0] == "| task | algorithm | N × T | seed | 0.0 M | 0.4 M |"
+    # Student's t with two degrees of freedom: 4.3027 / √3 = 2.5; games that all end alike have no interval
+    scores = ["2.0 [-0.5, 4.5]", "-21.0"]
+    assert rows(table) == [
+        ["plain", "PPO", "8 × 128", "1", *scores],
+        ["plain", "PPO", "128 × 8", "2", *scores],
+        ["sticky", "PPO", "128 × 8", "1", *scores],
+    ]
+
+
 def test_no_runs_are_no_tables(tmp_path):
-    assert parallelism.score_table() == parallelism.difference_table() == "None yet."
+    assert parallelism.score_table() == parallelism.difference_table() == parallelism.policy_table() == "None yet."
     with pytest.raises(SystemExit):
         parallelism.collect(tmp_path)
 

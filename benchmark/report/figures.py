@@ -89,6 +89,7 @@ TABLES = {
     "figure_7": auxiliary.deepmdp_table,
     "parallelism_scores": parallelism.score_table,
     "parallelism_differences": parallelism.difference_table,
+    "parallelism_policies": parallelism.policy_table,
     "mujoco_scores": lambda: mujoco.score_table(read_scores(mujoco.FOLDER)),
     "mujoco_differences": lambda: mujoco.difference_table(read_scores(mujoco.FOLDER)),
     "pilot": pilot.table,

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from benchmark.common import RESULTS, markdown, mean_interval
 from benchmark.launch.keep import keep
+from benchmark.report.runs import FinishedRun, read_results
 from benchmark.report.scores import FINAL, LAST, LEVEL, Scores, cell, difference, read_scores, visible_cell
 from benchmark.studies.by_tenths import add, column, rows_of
+from benchmark.studies.long import score
 from benchmark.studies.transition import TENTHS
 from benchmark.suites import SHAPES
 
@@ -108,12 +110,30 @@ def difference_table() -> str:
     return markdown([*header, "variance of s, second tenth"], rows) if rows else "None yet."
 
 
+def runs_of(suite: str) -> list[FinishedRun]:
+    """The suite's kept runs; none if there are none."""
+    return read_results(FOLDER / suite).runs if any((FOLDER / suite).glob("*/*/*/done.json")) else []
+
+
+def policy_table(suite: str = STUDY[1]) -> str:
+    """Markdown: what every second kept policy of each run scored, the final one last, with the interval over games."""
+    rows, steps = [], []
+    place = [name for *_, name in arms()].index
+    for run in sorted(runs_of(suite), key=lambda run: (run.task, place(run.algorithm), run.seed)):
+        script, shape = run.algorithm.rsplit("-", 1)
+        steps = sorted(run.policies)[1::2]  # every shape has as many steps in an update: the same for all runs
+        scores = [cell(*score(run, step), "z.1f") for step in steps]
+        rows.append([run.task, NAMES[script], shape.replace("x", " × "), str(run.seed), *scores])
+    header = ["task", "algorithm", "N × T", "seed", *(f"{step / 1e6:.1f} M" for step in steps)]
+    return markdown(header, rows) if rows else "None yet."
+
+
 def main(words: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("python -m benchmark.studies.parallelism", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="benchmark.run's results, with the suites in it")
     print(f"{collect(parser.parse_args(words).folder)} finished runs, in {FILE}")
-    print(score_table(), difference_table(), sep="\n\n")
+    print(score_table(), difference_table(), policy_table(), sep="\n\n")
 
 
 if __name__ == "__main__":
